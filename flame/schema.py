@@ -42,7 +42,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 @functools.cache
-def type_hints(cls: type) -> dict[str, Any]:
+def type_hints(cls: Any) -> dict[str, Any]:
     """Resolved annotations of a dataclass, inherited fields included."""
     return typing.get_type_hints(cls)
 

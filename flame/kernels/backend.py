@@ -10,7 +10,9 @@ from torch import Tensor
 from flame.errors import FlameError, unknown_name
 
 
-def select_backend(x: Tensor, requested: str | None = None, available: Sequence[str] = ("triton", "chunked", "reference")) -> str:
+def select_backend(
+    x: Tensor, requested: str | None = None, available: Sequence[str] = ("triton", "chunked", "reference")
+) -> str:
     """The name of the implementation to run for an op whose input is `x`.
 
     Args:
@@ -26,7 +28,7 @@ def select_backend(x: Tensor, requested: str | None = None, available: Sequence[
             raise FlameError(unknown_name("backend", requested, available))
         return requested
     wanted = os.environ.get("FLAME_BACKEND")
-    if wanted in available:
+    if wanted is not None and wanted in available:
         return wanted
     if "triton" in available and x.is_cuda:
         return "triton"

@@ -1,0 +1,70 @@
+"""What a block needs to know besides its input, in one object, so that signatures stay short."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from flame.errors import FlameError
+
+LayerCache = dict[str, Tensor]
+
+
+@dataclass
+class Cache:
+    """Decode state of a model: per layer a dict of tensors that the mixer names, and the number of tokens seen."""
+
+    layers: list[LayerCache]
+    seen: int = 0
+
+    @classmethod
+    def empty(cls, num_layers: int) -> Cache:
+        return cls([{} for _ in range(num_layers)])
+
+
+@dataclass(frozen=True)
+class Context:
+    """Shared by the layers of one forward.
+
+    Attributes:
+        cu_seqlens: [N + 1] int32 starts of the packed documents and the total length, or None when rows are documents.
+        positions: [T] int64 index of each token in its document, counting cached tokens.
+        cache: this layer's decode state, read and written by its mixer; None when training.
+        carried: tensors that pass from block to block beside the hidden state (RWKV7's first values, router losses).
+            Every block gets its own copy of the dict and returns it, so recomputation sees what the forward saw.
+    """
+
+    cu_seqlens: Tensor | None = None
+    positions: Tensor | None = None
+    cache: LayerCache | None = None
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+    def at_layer(self, cache: LayerCache | None, carried: dict[str, Tensor]) -> Context:
+        return replace(self, cache=cache, carried=dict(carried))
+
+
+def make_context(
+    length: int, device: torch.device, cu_seqlens: Tensor | None = None, cache: Cache | None = None
+) -> Context:
+    """The context of a forward over `length` tokens a row.
+
+    Raises:
+        FlameError: packed documents together with a cache that already holds tokens.
+    """
+    if cu_seqlens is not None and cache is not None and cache.seen:
+        raise FlameError(
+            "cu_seqlens cannot be combined with a cache that already holds tokens; decode plain rows instead."
+        )
+    return Context(cu_seqlens, token_positions(length, device, cu_seqlens, cache.seen if cache else 0))
+
+
+def token_positions(length: int, device: torch.device, cu_seqlens: Tensor | None = None, offset: int = 0) -> Tensor:
+    """[T] int64 index of every token in its document."""
+    index = torch.arange(length, device=device)
+    if cu_seqlens is None:
+        return index + offset
+    starts = cu_seqlens.to(torch.int64)
+    document = torch.searchsorted(starts, index, right=True) - 1
+    return index - starts[document]

@@ -1,0 +1,104 @@
+"""Transformer++: causal softmax attention with rotary positions, grouped key/value heads and an optional window.
+
+Vaswani et al. 2017 (attention), Su et al. 2021 (rotary), Ainslie et al. 2023 (grouped heads), Beltagy et al. 2020 (window).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flame.kernels.rotary import rotary
+from flame.kernels.softmax_attention import softmax_attention
+from flame.models.config import ModelConfig
+from flame.models.context import Context
+from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
+from flame.models.modules import Linear, RMSNorm
+from flame.models.registry import System, register
+
+
+@dataclass(kw_only=True)
+class TransformerConfig(ModelConfig):
+    """num_kv_heads None means as many as num_heads; window_size w lets a query see the w newest keys, itself included."""
+
+    model_type: ClassVar[str] = "transformer"
+
+    num_heads: int = 32
+    num_kv_heads: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window_size: int | None = None
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_divisible("hidden_size", "num_heads")
+        self.require(
+            self.head_dim % 2 == 0, "num_heads", f"gives heads of odd size {self.head_dim}, which rotary cannot pair"
+        )
+        self.require(
+            self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide num_heads = {self.num_heads}"
+        )
+        self.require(self.window_size is None or self.window_size > 0, "window_size", "must be positive")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+class Attention(Mixer):
+    """Multi-head softmax attention; also the attention layers of hybrids."""
+
+    config_class = TransformerConfig
+
+    def __init__(self, config: TransformerConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
+        super().__init__(config, layer_idx, **options)
+        c = self.config
+        kv_dim, std = c.kv_heads * c.head_dim, c.initializer_range
+        self.q_proj = Linear(c.hidden_size, c.hidden_size, bias=c.qkv_bias, std=std)
+        self.k_proj = Linear(c.hidden_size, kv_dim, bias=c.qkv_bias, std=std)
+        self.v_proj = Linear(c.hidden_size, kv_dim, bias=c.qkv_bias, std=std)
+        self.o_proj = Linear(c.hidden_size, c.hidden_size, std=std)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, eps=1e-5), RMSNorm(c.head_dim, eps=1e-5)
+
+    def mix(self, x: Tensor, ctx: Context) -> Tensor:
+        c = self.config
+        q = split_heads(self.q_proj(x), c.num_heads)
+        k = split_heads(self.k_proj(x), c.kv_heads)
+        v = split_heads(self.v_proj(x), c.kv_heads)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotary(q, ctx.positions, c.rope_theta), rotary(k, ctx.positions, c.rope_theta)
+        k, v = self.with_cached(k, v, ctx)
+        o = softmax_attention(q, k, v, scale=c.head_dim**-0.5, window=c.window_size, cu_seqlens=ctx.cu_seqlens)
+        return self.o_proj(merge_heads(o))
+
+    def with_cached(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Cached keys and values [B, S, H, D] before the new ones; a windowed layer keeps only what later queries see."""
+        if ctx.cache is None:
+            return k, v
+        past_k, past_v = cached(ctx, "k"), cached(ctx, "v")
+        if past_k is not None and past_v is not None:
+            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
+        keep = k.shape[1] if self.config.window_size is None else min(self.config.window_size, k.shape[1])
+        remember(ctx, "k", k[:, k.shape[1] - keep :])
+        remember(ctx, "v", v[:, v.shape[1] - keep :])
+        return k, v
+
+    def flops(self, seq_len: int) -> float:
+        """Scores and weighted values: 4 operations for every visible key and channel; a query sees half the row on average."""
+        c = self.config
+        window = seq_len if c.window_size is None else min(c.window_size, seq_len)
+        visible = window * (1 - (window - 1) / (2 * seq_len)) if window < seq_len else (seq_len + 1) / 2
+        return 4.0 * visible * c.hidden_size
+
+
+register(System(TransformerConfig, Attention))
