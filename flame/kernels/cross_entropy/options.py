@@ -18,7 +18,8 @@ class Terms:
 
     loss = (1 - label_smoothing) * (lse - s[label]) + label_smoothing * (lse - mean(s)) + z_loss * lse^2
 
-    Capping is `s = soft_cap * tanh(logits / soft_cap)`. `l2_warp` changes no loss value; it adds `l2_warp * max(s)` to the gradient of the largest s (RWKV, 1e-4 there).
+    Capping is `s = soft_cap * tanh(logits / soft_cap)`. `l2_warp` changes no loss value; it adds
+    `l2_warp * max(s)` to the gradient of the largest s (RWKV, 1e-4 there).
     """
 
     z_loss: float = 0.0

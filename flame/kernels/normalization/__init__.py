@@ -1,7 +1,7 @@
 """RMS, layer, group, gated RMS and l2 norms, with an optional fused residual addition.
 
-All run in fp32 inside and return x.dtype. With `residual`, the sum `x + residual` is formed in fp32, the *unrounded* sum
-is normalised, and the sum rounded to the residual's dtype is returned beside the output, to be the next residual.
+All run in fp32 inside and return x.dtype. With `residual`, the sum `x + residual` is formed in fp32, the *unrounded*
+sum is normalised, and the sum rounded to the residual's dtype is returned beside the output, to be the next residual.
 """
 
 from __future__ import annotations

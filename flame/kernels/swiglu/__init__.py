@@ -15,8 +15,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """`silu(gate) * up`, elementwise.
 
     gate and up have one shape and dtype, any layout (views of a packed projection are fine); computed in fp32, rounded
-    once to gate.dtype. Only the two inputs are saved for backward. backend: 'triton', 'chunked' or 'reference' (the latter
-    two are the same form). Raises FlameError when the shapes differ.
+    once to gate.dtype. Only the two inputs are saved for backward. backend: 'triton', 'chunked' or 'reference' (the
+    latter two are the same form). Raises FlameError when the shapes differ.
     """
     if gate.shape != up.shape:
         raise FlameError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape.")
