@@ -1,0 +1,25 @@
+"""SwiGLU, the gated unit of the MLP (Shazeer, arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flame.errors import FlameError
+from flame.kernels.backend import select_backend
+from flame.kernels.swiglu import reference
+
+__all__ = ["swiglu"]
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """`silu(gate) * up`, elementwise.
+
+    gate and up have one shape and dtype, any layout (views of a packed projection are fine); computed in fp32, rounded
+    once to gate.dtype. Only the two inputs are saved for backward. backend: 'triton', 'chunked' or 'reference' (the
+    latter two are the same form). Raises FlameError when the shapes differ.
+    """
+    if gate.shape != up.shape:
+        raise FlameError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape.")
+    if select_backend(gate, backend, ("chunked", "reference")) == "reference":
+        return reference.swiglu(gate, up)
+    return reference.SwiGLU.apply(gate, up)

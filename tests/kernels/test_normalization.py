@@ -1,0 +1,67 @@
+"""Norms: agree with torch's own and with each other's definitions, gradients included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flame.errors import FlameError
+from flame.kernels.normalization import gated_rms_norm, group_norm, l2_norm, layer_norm, rms_norm
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_rms_and_layer_norm_equal_torch():
+    x, w, b = torch.randn(3, 5, 12), torch.randn(12), torch.randn(12)
+    torch.testing.assert_close(rms_norm(x, w, 1e-5), F.rms_norm(x, (12,), w, 1e-5))
+    torch.testing.assert_close(layer_norm(x, w, b, 1e-5), F.layer_norm(x, (12,), w, b, 1e-5))
+
+
+def test_group_norm_equals_torch_over_flat_positions():
+    x, w, b = torch.randn(3, 5, 12), torch.randn(12), torch.randn(12)
+    want = F.group_norm(x.flatten(0, 1), 4, w, b, 1e-3).view_as(x)
+    torch.testing.assert_close(group_norm(x, 4, w, b, 1e-3), want)
+
+
+def test_grouped_rms_is_rms_of_every_group():
+    x, w = torch.randn(2, 3, 12), torch.randn(12)
+    want = rms_norm(x.view(2, 3, 4, 3)).flatten(-2) * w
+    torch.testing.assert_close(rms_norm(x, w, groups=4), want)
+
+
+def test_residual_sum_is_normalised_unrounded_and_stored_rounded():
+    x, r = torch.randn(4, 64, dtype=torch.bfloat16), torch.randn(4, 64, dtype=torch.bfloat16)
+    y, total = rms_norm(x, None, 1e-6, r)
+    exact = x.float() + r.float()
+    assert total.dtype == torch.bfloat16
+    torch.testing.assert_close(total, exact.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(y, rms_norm(exact).bfloat16(), rtol=0, atol=0)
+    assert not torch.equal(y, rms_norm(total))  # which normalises the rounded sum
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_gate_after_and_before(activation):
+    x, g, w = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(8)
+    opened = F.silu(g) if activation == "silu" else g.sigmoid()
+    torch.testing.assert_close(gated_rms_norm(x, g, w, 1e-5, activation), rms_norm(x, w, 1e-5) * opened)
+    torch.testing.assert_close(
+        gated_rms_norm(x, g, w, 1e-5, activation, gate_first=True), rms_norm(x * opened, w, 1e-5)
+    )
+
+
+def test_l2_norm_adds_eps_to_the_sum_of_squares():
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(l2_norm(x, 0.5), x / (x.square().sum(-1, keepdim=True) + 0.5).sqrt())
+    assert l2_norm(torch.zeros(1, 8)).isfinite().all()
+
+
+def test_misfit_is_named():
+    x = torch.randn(2, 8)
+    with pytest.raises(FlameError, match="groups"):
+        group_norm(x, 3)
+    with pytest.raises(FlameError, match="weight"):
+        rms_norm(x, torch.ones(4))
+    with pytest.raises(FlameError, match="activation"):
+        gated_rms_norm(x, x, activation="gelu")

@@ -1,0 +1,57 @@
+"""softmax_attention: torch's kernels, cut to documents and windows, equal the definition."""
+
+import pytest
+import torch
+
+from flame.errors import FlameError
+from flame.kernels.softmax_attention import chunked, softmax_attention
+
+PACKED = torch.tensor([0, 1, 4, 4, 20], dtype=torch.int32)
+
+
+def make(B=1, Tq=20, Tk=20, H=4, Hk=4, Hv=4, D=8, Dv=8):
+    g = torch.Generator().manual_seed(0)
+    shapes = (B, Tq, H, D), (B, Tk, Hk, D), (B, Tk, Hv, Dv)
+    return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def agree(inputs, **options):
+    want = softmax_attention(*inputs, backend="reference", **options)
+    got = softmax_attention(*inputs, backend="chunked", **options)
+    torch.testing.assert_close(got, want)
+    w = torch.randn_like(want)
+    expected = torch.autograd.grad((want * w).sum(), inputs)
+    for a, b in zip(torch.autograd.grad((got * w).sum(), inputs), expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("heads", [(4, 4), (2, 2), (1, 4)])
+def test_backends_agree(window, packed, heads, monkeypatch):
+    monkeypatch.setattr(chunked, "_BAND", 3)
+    agree(make(Hk=heads[0], Hv=heads[1]), window=window, cu_seqlens=PACKED if packed else None)
+
+
+def test_value_dimension_may_differ():
+    agree(make(B=2, D=8, Dv=12))
+    agree(make(B=2, D=12, Dv=4), scale=0.3)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_last_query_meets_last_key(window, queries):
+    q, k, v = make(B=2)
+    whole = softmax_attention(q, k, v, window=window)
+    agree((q[:, -queries:], k, v), window=window)
+    torch.testing.assert_close(softmax_attention(q[:, -queries:], k, v, window=window), whole[:, -queries:])
+
+
+def test_misfit_is_named():
+    q, k, v = make()
+    with pytest.raises(FlameError, match="divide"):
+        softmax_attention(q, k[:, :, :3], v)
+    with pytest.raises(FlameError, match="window"):
+        softmax_attention(q, k, v, window=0)
+    with pytest.raises(FlameError, match="at least as many"):
+        softmax_attention(q, k[:, :5], v[:, :5])
