@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it. Leaves `python` pointing at an interpreter that has everything flame needs:
 # the active one if it does, else .venv, which is made and filled from pyproject.toml under constraints.txt.
+# What a job needs only sometimes (datasets, tensorboard, W&B) is not looked for here: its absence has its own message.
 # Usage: source scripts/environment.sh [extra]        extra: "" (training) or "dev" (tests, linters)
 
 flame_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -9,7 +10,7 @@ flame_extra="${1:-}"
 flame_has_packages() {
     "$1" - "$flame_extra" <<'PY' 2>/dev/null
 import importlib.metadata as metadata, importlib.util as util, sys
-need = ["torch", "numpy", "einops", "safetensors", "tokenizers", "datasets", "torchdata", "tensorboard"]
+need = ["torch", "numpy", "safetensors", "tokenizers"]
 need += ["tomli"] if sys.version_info < (3, 11) else []
 need += ["pytest", "xdist", "ruff", "mypy", "transformers"] if sys.argv[1] == "dev" else []
 missing = [name for name in need if util.find_spec(name) is None]
