@@ -29,7 +29,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         ConfigError: a key is unknown, a value has the wrong type, or a field without default is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    hints = type_hints(cls)
+    hints = type_hints(cls)  # type: ignore[arg-type]
     converted = {}
     for name, value in values.items():
         if name not in fields:

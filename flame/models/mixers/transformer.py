@@ -94,11 +94,14 @@ class Attention(Mixer):
         return k, v
 
     def flops(self, seq_len: int) -> float:
-        """Scores and weighted values: 4 operations for every visible key and channel; a query sees half the row on average."""
-        c = self.config
-        window = seq_len if c.window_size is None else min(c.window_size, seq_len)
-        visible = window * (1 - (window - 1) / (2 * seq_len)) if window < seq_len else (seq_len + 1) / 2
-        return 4.0 * visible * c.hidden_size
+        """Scores and weighted values: 4 operations for every visible key and channel."""
+        return 4.0 * visible_keys(seq_len, self.config.window_size) * self.config.hidden_size
+
+
+def visible_keys(seq_len: int, window: int | None) -> float:
+    """Keys that a causal query sees on average over a row of `seq_len` tokens, at most `window` of them."""
+    window = seq_len if window is None else min(window, seq_len)
+    return window - window * (window - 1) / (2 * seq_len)
 
 
 register(System(TransformerConfig, Attention))
