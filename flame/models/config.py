@@ -15,8 +15,8 @@ BOOKKEEPING = frozenset(
     """
     _name_or_path add_cross_attention architectures auto_map chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id dtype finetuning_task id2label is_decoder is_encoder_decoder label2id output_attentions
-    output_hidden_states problem_type return_dict rope_parameters task_specific_params tie_encoder_decoder tokenizer_class torch_dtype
-    torchscript transformers_version use_bfloat16
+    output_hidden_states problem_type return_dict rope_parameters task_specific_params tie_encoder_decoder tokenizer_class
+    torch_dtype torchscript transformers_version use_bfloat16
     """.split()  # noqa: SIM905
 )
 
