@@ -1,0 +1,100 @@
+"""FSDP2 and HSDP: parameters sharded over dp_shard, replicated over dp_replicate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from flame.errors import ConfigError, unknown_name
+
+RESHARD_POLICIES = ("default", "always", "never")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+def parse_dtype(name: str, key: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError(f"{key}: {unknown_name('dtype', name, DTYPES)}")
+    return DTYPES[name]
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """
+    Attributes:
+        param_dtype: dtype of gathered parameters, hence of the computation.
+        reduce_dtype: dtype in which gradients are summed over ranks and micro-batches.
+        reshard_after_forward: ``default`` frees gathered blocks after their forward but keeps the root; ``always`` frees
+            the root too; ``never`` keeps everything until the backward (ZeRO-2).
+        cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
+    """
+
+    param_dtype: torch.dtype = torch.bfloat16
+    reduce_dtype: torch.dtype = torch.float32
+    reshard_after_forward: str = "default"
+    cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reshard_after_forward not in RESHARD_POLICIES:
+            text = unknown_name("policy", self.reshard_after_forward, RESHARD_POLICIES)
+            raise ConfigError(f"parallelism.fsdp_reshard_after_forward: {text}")
+
+
+def apply_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, options: ShardingOptions) -> None:
+    """Shard each block, then the root, in place.
+
+    Embeddings, final norm and head stay together in the root unit: they may share weights, and the loss reads the head's
+    weight without calling the head.
+
+    Args:
+        mesh: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
+    """
+    # Inputs are not cast: the residual stream already has the parameters' dtype, and what blocks pass on beside it
+    # may have to stay in fp32.
+    precision = MixedPrecisionPolicy(
+        param_dtype=options.param_dtype, reduce_dtype=options.reduce_dtype, cast_forward_inputs=False
+    )
+    pin = torch.cuda.is_available()
+    offload = CPUOffloadPolicy(pin_memory=pin) if options.cpu_offload else OffloadPolicy()
+    keep_blocks, free_root = options.reshard_after_forward == "never", options.reshard_after_forward == "always"
+    for block in blocks:
+        fully_shard(
+            block, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=not keep_blocks
+        )
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=free_root)
+    for module in fsdp_modules(model):
+        # The loss is already divided by the token count of all ranks, so gradients are summed, never averaged. The
+        # factor alone would ask for a scaled reduction, which gloo lacks.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    prefetch_neighbours(blocks)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def prefetch_neighbours(blocks: Sequence[nn.Module]) -> None:
+    """Gather the next block while this one computes, in both directions."""
+    for block, following in zip(blocks, blocks[1:]):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+def set_accumulation(model: FSDPModule, last: bool, reduce_every: bool) -> None:
+    """Prepare the backward of one micro-batch.
+
+    Args:
+        last: this is the last micro-batch of the step, after which gradients must be complete.
+        reduce_every: reduce-scatter after every micro-batch, which needs memory for sharded gradients only; otherwise
+            once a step, and unsharded gradients in the reduce dtype are kept in between. Replicas are reduced once a
+            step in either case.
+    """
+    model.set_requires_all_reduce(last)
+    if not reduce_every:
+        model.set_requires_gradient_sync(last)
+    model.set_is_last_backward(last)
