@@ -1,0 +1,21 @@
+"""Streaming data: sources, tokenizing, token-weighted mixtures, packing, virtual shards, loader."""
+
+from flame.data.batch import Batch
+from flame.data.build import open_recipe
+from flame.data.loader import Loader
+from flame.data.settings import DataSettings, PackingSettings, RankSettings, SourceSettings, WorkerSettings
+from flame.data.tokenizer import Tokenizer
+from flame.data.validation import ValidationLoader
+
+__all__ = [
+    "Batch",
+    "DataSettings",
+    "Loader",
+    "PackingSettings",
+    "RankSettings",
+    "SourceSettings",
+    "Tokenizer",
+    "ValidationLoader",
+    "WorkerSettings",
+    "open_recipe",
+]
