@@ -1,0 +1,53 @@
+"""Softmax attention with a forget gate: FoX (Lin et al., arXiv 2503.02130)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flame.errors import FlameError
+from flame.kernels.backend import select_backend
+from flame.kernels.forgetting_attention import chunked, reference
+
+__all__ = ["forgetting_attention"]
+
+
+def forgetting_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal attention whose score of (i, j) is ``scale * q_i . k_j + sum of log_forget over j + 1 .. i``.
+
+    Args:
+        q: `[B, Tq, H, K]`.
+        k: `[B, Tk, Hk, K]`, Tk >= Tq, the last query aligned with the last key; Hk divides H.
+        v: `[B, Tk, Hk, V]`.
+        log_forget: `[B, Tk, H]` fp32, <= 0, one gate a query head; of all keys, cached ones included.
+        scale: of the products; K^-0.5 by default. It does not scale the gates.
+        cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
+        backend: 'chunked' or 'reference'; default by device.
+
+    Returns:
+        `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k, v and log_forget.
+
+    Raises:
+        FlameError: shapes that do not fit together, or an unknown backend.
+    """
+    if q.shape[1] > k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
+        raise FlameError(
+            "forgetting_attention: needs q [B, Tq, H, K], k [B, Tk, Hk, K], v [B, Tk, Hk, V] with Tk >= Tq and Hk "
+            f"dividing H; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    if log_forget.shape != (k.shape[0], k.shape[1], q.shape[2]):
+        expected = (k.shape[0], k.shape[1], q.shape[2])
+        raise FlameError(
+            f"forgetting_attention: log_forget must be [B, Tk, H] = {expected}; got {tuple(log_forget.shape)}."
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
+    return form.forgetting_attention(q, k, v, log_forget, scale, cu_seqlens)
