@@ -10,7 +10,7 @@ from flame.models import load_config, resolve_config
     "values, words",
     [
         ({}, ["model_type is required", "gla"]),
-        ({"model_type": "gal"}, ["'gal'", "did you mean 'gla'"]),
+        ({"model_type": "transfomer"}, ["'transfomer'", "did you mean 'transformer'"]),
         ({"model_type": "gla", "num_head": 4}, ["num_head", "did you mean 'num_heads'"]),
         ({"model_type": "gla", "num_heads": "4"}, ["model.num_heads", "whole number"]),
         ({"model_type": "gla", "num_heads": 3}, ["expand_k", "num_heads"]),
