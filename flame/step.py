@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flame.errors import ConfigError, FlameError, unknown_name
-from flame.optim.adamw import AdamW
 from flame.optim.clipping import clip_gradients, global_grad_norm
+from flame.optim.optimizer import Optimizer
 from flame.parallel.fsdp import set_accumulation
 
 NAN_POLICIES = ("skip", "rollback", "stop")
@@ -130,7 +130,7 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamW, guard: FiniteGuard, group: dist.ProcessGroup, options: StepOptions
+        self, model: nn.Module, optimizer: Optimizer, guard: FiniteGuard, group: dist.ProcessGroup, options: StepOptions
     ) -> None:
         self.model: Any = model
         self.optimizer = optimizer
@@ -155,8 +155,7 @@ class TrainStep:
         gradients = self.optimizer.gradients()
         grad_norm = global_grad_norm(gradients)
         clip_gradients(gradients, grad_norm, self.options.max_norm)
-        learning_rate = self.optimizer.learning_rate()
-        self.optimizer.step(self.guard.allow(loss, grad_norm.to(loss.device), step))
+        learning_rate = self.optimizer.step(self.guard.allow(loss, grad_norm.to(loss.device), step))
         self.optimizer.zero_grad()
         return StepResult(loss, grad_norm, learning_rate, tokens)
 

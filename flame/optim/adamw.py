@@ -15,14 +15,12 @@ import torch
 from flame.errors import ConfigError, unknown_name
 from flame.optim.clipping import local
 from flame.optim.groups import ParameterGroup
-from flame.optim.schedules import Schedule
 
 IMPLEMENTATIONS = ("fused", "foreach", "for-loop")
 
 
 @dataclass(frozen=True)
 class AdamWOptions:
-    lr: float = 8e-4
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -36,21 +34,19 @@ class AdamWOptions:
 
 
 class AdamW:
-    """AdamW with a schedule that lives on the device.
+    """AdamW over groups of parameters.
 
     Args:
         groups: parameters by weight decay (`flame.optim.groups.parameter_groups`).
-        options: peak learning rate, betas, eps, implementation.
-        schedule: factor of the peak learning rate by applied updates.
+        options: betas, eps, implementation.
     """
 
-    def __init__(self, groups: list[ParameterGroup], options: AdamWOptions, schedule: Schedule) -> None:
+    def __init__(self, groups: list[ParameterGroup], options: AdamWOptions) -> None:
         self.groups = groups
         self.options = options
         device = local(next(iter(groups[0].parameters.values()))).device
-        self._factors = schedule.table().to(device)
-        # Updates applied so far. On the device, because only the device knows which steps were skipped.
-        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+        # Updates applied so far, for bias correction. Only the device knows which steps were skipped.
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
         # Moments are DTensors like their parameters, so that checkpoints can be loaded on another layout.
         self.moments = {
             name: (torch.zeros_like(parameter.detach()), torch.zeros_like(parameter.detach()))
@@ -58,32 +54,17 @@ class AdamW:
             for name, parameter in group.parameters.items()
         }
 
-    def gradients(self) -> list[torch.Tensor]:
-        """Gradients of all parameters that have one."""
-        grads = (parameter.grad for group in self.groups for parameter in group.parameters.values())
-        return [grad for grad in grads if grad is not None]
-
-    def zero_grad(self) -> None:
-        for group in self.groups:
-            for parameter in group.parameters.values():
-                parameter.grad = None
-
-    def learning_rate(self) -> torch.Tensor:
-        """Learning rate of the next update (0-d fp32 on the device), before a group's own multiple."""
-        index = self.updates.clamp(max=self._factors.numel() - 1)
-        return self._factors[index] * self.options.lr
-
     @torch.no_grad()
-    def step(self, apply: torch.Tensor) -> None:
+    def step(self, lr: torch.Tensor, apply: torch.Tensor) -> None:
         """One update.
 
         Args:
+            lr: 0-d fp32 on the device, before a group's own multiple.
             apply: 0-d bool on the device, the same on every rank; False leaves everything as it is.
         """
-        lr = self.learning_rate()
-        self.updates += apply
-        # The count that bias correction uses; on a skipped step its value does not matter, but 0 would divide by zero.
-        count = self.updates.clamp(min=1).to(torch.float32)
+        self.count += apply
+        # On a skipped step the value does not matter, but 0 would divide by zero.
+        count = self.count.clamp(min=1).to(torch.float32)
         for group in self.groups:
             tensors = self._local_tensors(group)
             if not tensors.parameters:
@@ -154,19 +135,18 @@ class AdamW:
     def state_dict(self) -> dict[str, Any]:
         """Moments by parameter name (DTensors like the parameters) and the count of applied updates."""
         return {
-            "updates": self.updates,
+            "count": self.count,
             "exp_avg": {name: first for name, (first, _) in self.moments.items()},
             "exp_avg_sq": {name: second for name, (_, second) in self.moments.items()},
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a state of the same parameters in place."""
-        with torch.no_grad():
-            self.updates.copy_(state["updates"])
-            for name, (first, second) in self.moments.items():
-                for target, source in ((first, state["exp_avg"][name]), (second, state["exp_avg_sq"][name])):
-                    if source is not target:
-                        target.copy_(source)
+        self.count.copy_(state["count"])
+        for name, (first, second) in self.moments.items():
+            first.copy_(state["exp_avg"][name])
+            second.copy_(state["exp_avg_sq"][name])
 
 
 @dataclass

@@ -43,6 +43,23 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGro
     return [group for group in (decay, no_decay) if group.parameters]
 
 
+def split_matrices(
+    groups: list[ParameterGroup], prefixes: list[str]
+) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
+    """Groups of the decayed matrices under `prefixes` (a rule for hidden matrices), and groups of all the rest."""
+    matrices, rest = [], []
+    for group in groups:
+        inside = {
+            name: parameter
+            for name, parameter in group.parameters.items()
+            if group.name == "decay" and parameter.ndim == 2 and name.startswith(tuple(prefixes))
+        }
+        outside = {name: parameter for name, parameter in group.parameters.items() if name not in inside}
+        matrices.append(ParameterGroup("matrices", group.weight_decay, group.lr_scale, inside))
+        rest.append(ParameterGroup(group.name, group.weight_decay, group.lr_scale, outside))
+    return [group for group in matrices if group.parameters], [group for group in rest if group.parameters]
+
+
 def describe_groups(groups: list[ParameterGroup], lr: float) -> str:
     """A table for the start of the log: one line a group, with the kinds of parameter in it."""
     lines = [f"{'group':<12}{'tensors':>9}{'elements':>16}{'weight decay':>14}{'peak lr':>12}  parameters"]

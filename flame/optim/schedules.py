@@ -75,9 +75,32 @@ class Schedule:
         return self.min_lr_factor + (1.0 - self.min_lr_factor) * shape
 
     def table(self) -> torch.Tensor:
-        """[total_steps + 1] fp32: the factor of every update; the last entry is the floor.
-
-        The optimizer looks its learning rate up on the device, by the number of updates it has applied there, so that
-        a skipped step does not advance the schedule and nothing has to be read back.
-        """
+        """[total_steps + 1] fp32: the factor of every update; the last entry is the floor."""
         return torch.tensor([self.factor(updates) for updates in range(self.total_steps + 1)], dtype=torch.float32)
+
+
+class LearningRate:
+    """A schedule that lives on the device: it advances with applied updates, and only the device knows which those are.
+
+    Args:
+        peak: learning rate at factor 1.
+        device: where the optimizer's parameters are.
+    """
+
+    def __init__(self, schedule: Schedule, peak: float, device: torch.device) -> None:
+        self._rates = (schedule.table() * peak).to(device)
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    def current(self) -> torch.Tensor:
+        """Learning rate of the next update, 0-d fp32 on the device."""
+        return self._rates[self.updates.clamp(max=self._rates.numel() - 1)]
+
+    def advance(self, apply: torch.Tensor) -> None:
+        """Count one update if `apply` (0-d bool) is true."""
+        self.updates += apply
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.updates.copy_(state["updates"])

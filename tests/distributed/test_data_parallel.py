@@ -16,12 +16,12 @@ STEPS = 3
 def train(rank, degrees, world_size, accumulation, **options):
     step, mesh = make_step(degrees, world_size, **options)
     history, gradients = [], {}
-    clip = step.optimizer.step
+    update = step.optimizer.step
 
     def capture(apply):
         if not gradients:
             gradients.update({name: p.grad.full_tensor().clone() for name, p in step.model.named_parameters()})
-        clip(apply)
+        return update(apply)
 
     step.optimizer.step = capture
     for index in range(STEPS):

@@ -8,7 +8,8 @@ from flame.models.decoder import build_model
 from flame.models.initialize import initialize_weights
 from flame.optim.adamw import AdamW, AdamWOptions
 from flame.optim.groups import parameter_groups
-from flame.optim.schedules import Schedule
+from flame.optim.optimizer import Optimizer
+from flame.optim.schedules import LearningRate, Schedule
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp
 from flame.parallel.mesh import build_mesh
 from flame.step import FiniteGuard, StepOptions, TrainStep
@@ -73,8 +74,9 @@ def sharded_model(degrees, world_size, config=None, **options):
 def make_step(degrees, world_size, policy="skip", config=None, step_options=None, **sharding):
     model, mesh = sharded_model(degrees, world_size, config, **sharding)
     # With a tiny eps, Adam turns rounding noise in a gradient that is almost zero into a full-size update.
-    options = AdamWOptions(lr=1e-2, eps=1e-4)
-    optimizer = AdamW(parameter_groups(model, 0.1), options, Schedule(20, warmup_steps=2))
+    rule = AdamW(parameter_groups(model, 0.1), AdamWOptions(eps=1e-4))
+    rate = LearningRate(Schedule(20, warmup_steps=2), 1e-2, torch.device("cpu"))
+    optimizer = Optimizer({"adamw": rule}, rate)
     guard = FiniteGuard(policy, torch.device("cpu"))
     return TrainStep(model, optimizer, guard, mesh.data_group, step_options or StepOptions()), mesh
 

@@ -5,7 +5,8 @@ import torch.nn as nn
 from flame.errors import ConfigError
 from flame.optim.adamw import IMPLEMENTATIONS, AdamW, AdamWOptions
 from flame.optim.groups import parameter_groups
-from flame.optim.schedules import Schedule
+from flame.optim.optimizer import Optimizer
+from flame.optim.schedules import LearningRate, Schedule
 
 
 class Net(nn.Module):
@@ -21,8 +22,9 @@ class Net(nn.Module):
 
 
 def make(implementation, net, schedule=None):
-    options = AdamWOptions(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, implementation=implementation)
-    return AdamW(parameter_groups(net, 0.1), options, schedule or Schedule(10, warmup_steps=3))
+    options = AdamWOptions(beta1=0.9, beta2=0.95, eps=1e-8, implementation=implementation)
+    rule = AdamW(parameter_groups(net, 0.1), options)
+    return Optimizer({"adamw": rule}, LearningRate(schedule or Schedule(10, warmup_steps=3), 1e-2, torch.device("cpu")))
 
 
 def set_gradients(net, seed, value=None):
@@ -34,8 +36,8 @@ def set_gradients(net, seed, value=None):
 
 
 def snapshot(net, optimizer):
-    moments = [tensor.clone() for pair in optimizer.moments.values() for tensor in pair]
-    return [parameter.detach().clone() for parameter in net.parameters()] + moments + [optimizer.updates.clone()]
+    moments = [tensor.clone() for pair in optimizer.rules["adamw"].moments.values() for tensor in pair]
+    return [parameter.detach().clone() for parameter in net.parameters()] + moments + [optimizer.rate.updates.clone()]
 
 
 YES, NO = torch.tensor(True), torch.tensor(False)
@@ -68,12 +70,12 @@ def test_a_skipped_step_changes_nothing(implementation, value):
     for step, apply in enumerate([NO, YES, YES]):
         set_gradients(net, step)
         optimizer.step(apply)
-    before, rate = snapshot(net, optimizer), optimizer.learning_rate()
+    before, rate = snapshot(net, optimizer), optimizer.rate.current()
     set_gradients(net, 9, value)
     optimizer.step(NO)
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(net, optimizer)))
-    assert torch.equal(rate, optimizer.learning_rate())
-    assert optimizer.updates == 2
+    assert torch.equal(rate, optimizer.rate.current())
+    assert optimizer.rate.updates == 2
 
 
 def test_learning_rate_follows_the_schedule_and_stays_at_the_floor():
@@ -81,7 +83,7 @@ def test_learning_rate_follows_the_schedule_and_stays_at_the_floor():
     optimizer = make("foreach", net, Schedule(4, warmup_steps=2, min_lr_factor=0.1))
     rates = []
     for step in range(6):
-        rates.append(optimizer.learning_rate().item())
+        rates.append(optimizer.rate.current().item())
         set_gradients(net, step)
         optimizer.step(YES)
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0055, 0.001, 0.001])
@@ -96,6 +98,7 @@ def test_state_continues_bitwise():
     resumed = make("fused", other)
     other.load_state_dict(net.state_dict())
     resumed.load_state_dict(optimizer.state_dict())
+    resumed.rate.load_state_dict(optimizer.rate.state_dict())
     for pair in ((net, optimizer), (other, resumed)):
         set_gradients(pair[0], 7)
         pair[1].step(YES)

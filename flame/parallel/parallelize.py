@@ -1,0 +1,60 @@
+"""A model of a job, laid out over the mesh and initialised."""
+
+from __future__ import annotations
+
+import torch
+
+from flame.config.sections import JobConfig
+from flame.models.decoder import CausalLM
+from flame.models.initialize import initialize_weights
+from flame.parallel.activation_checkpoint import apply_activation_checkpointing
+from flame.parallel.compile import compile_blocks
+from flame.parallel.fsdp import ShardingOptions, apply_fsdp, parse_dtype
+from flame.parallel.mesh import Degrees, Mesh
+
+
+def degrees_of(job: JobConfig) -> Degrees:
+    """The mesh a job asks for; dp_shard may still be -1."""
+    section = job.parallelism
+    return Degrees(
+        pp=section.pipeline_parallel_degree,
+        dp_replicate=section.data_parallel_replicate_degree,
+        dp_shard=section.data_parallel_shard_degree,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+    )
+
+
+def sharding_options(job: JobConfig) -> ShardingOptions:
+    return ShardingOptions(
+        param_dtype=parse_dtype(job.training.mixed_precision_param, "training.mixed_precision_param"),
+        reduce_dtype=parse_dtype(job.training.mixed_precision_reduce, "training.mixed_precision_reduce"),
+        reshard_after_forward=job.parallelism.fsdp_reshard_after_forward,
+        cpu_offload=job.training.enable_cpu_offload,
+    )
+
+
+def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.device) -> None:
+    """Checkpointing inside compiled regions, compiled regions inside FSDP units: in this order, in place."""
+    blocks = list(model.blocks)
+    section = job.activation_checkpoint
+    apply_activation_checkpointing(blocks, section.mode, section.selective_ac_option)
+    if compiles(job, device):
+        compile_blocks(blocks, job.compile.backend)
+    apply_fsdp(model, blocks, mesh.fsdp(), sharding_options(job))
+
+
+def compiles(job: JobConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled: as the job says, else on GPUs only (on a CPU it costs more than it gains)."""
+    return device.type == "cuda" if job.compile.enable == "auto" else job.compile.enable
+
+
+def materialize(model: CausalLM, job: JobConfig, device: torch.device) -> None:
+    """Give a model built on the meta device memory and its initial weights, which do not depend on the mesh."""
+    offload = job.training.enable_cpu_offload
+    model.to_empty(device="cpu" if offload else device)
+    initialize_weights(model, job.debug.seed)
+    if offload:
+        for module in model.modules():  # buffers are used where the computation is; FSDP moves parameters only
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
