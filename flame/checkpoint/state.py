@@ -1,0 +1,159 @@
+"""What a checkpoint holds: tensors, which torch's distributed checkpoint shards, and everything else, in one file.
+
+Tensors go under ``<part>.<name>``. The rest of every rank's states (cursors of data shards, step, random generators) is
+gathered and merged, so that what is stored does not depend on which rank stored it and any number of ranks can load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from flame.errors import CheckpointError
+
+OBJECTS = "state.pt"
+MODEL = "model"
+_LISTED = 8  # names that an error text lists before it counts
+
+
+class Stateful(Protocol):
+    """A part of the training state.
+
+    Tensors in its `state_dict` must be the live ones: they are saved from there and loaded in place. `load_state_dict`
+    gets the rest back, merged over the ranks that saved it, and is not called for a part that holds tensors only.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of nested mappings; lists and all else are leaves."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; of tied ones only the first name."""
+    tensors, seen = {}, set()
+    for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+
+
+def tensors_of(part: str, state: Stateful | nn.Module) -> dict[str, Tensor]:
+    """The tensors of one part under their names in the checkpoint."""
+    if isinstance(state, nn.Module):
+        return {f"{part}.{name}": tensor for name, tensor in model_tensors(state).items()}
+    return {f"{part}.{name}": value for name, value in flatten(state.state_dict()) if isinstance(value, Tensor)}
+
+
+def objects_of(state: Stateful | nn.Module) -> dict[str, Any]:
+    """What of one part is no tensor, nested as the part gave it."""
+    return {} if isinstance(state, nn.Module) else without_tensors(state.state_dict())
+
+
+def without_tensors(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` less its tensors and less the mappings that held nothing else."""
+    kept: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            inner = without_tensors(value)
+            if inner or not value:
+                kept[key] = inner
+        elif not isinstance(value, Tensor):
+            kept[key] = value
+    return kept
+
+
+def gather_objects(states: Mapping[str, Stateful | nn.Module], group: dist.ProcessGroup) -> dict[str, Any]:
+    """Objects of all parts, merged over ranks; where ranks disagree the lowest wins. Complete on rank 0 only."""
+    own = {part: objects_of(state) for part, state in states.items()}
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.gather_object(own, gathered if dist.get_rank(group) == 0 else None, dst=0, group=group)
+    merged: dict[str, Any] = {}
+    for entry in gathered:
+        for part, objects in (entry or {}).items():
+            merged[part] = {**objects, **merged.get(part, {})}
+    return merged
+
+
+def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
+    """Write every rank's shards.
+
+    Raises:
+        CheckpointError: any rank failed, on all ranks.
+    """
+    try:
+        dcp.save(tensors, checkpoint_id=folder, process_group=group)
+    except CheckpointException as error:  # a BaseException, which `except Exception` would let through
+        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
+        raise CheckpointError(f"writing {folder} failed: {causes}.") from None
+
+
+def read_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
+    """Fill `tensors` in place, whatever the layout they were saved under."""
+    try:
+        dcp.load(tensors, checkpoint_id=folder, process_group=group)
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
+        raise CheckpointError(f"reading {folder} failed: {causes}.") from None
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a checkpoint folder."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def check_fits(tensors: Mapping[str, Tensor], folder: Path, differences: Callable[[], str]) -> None:
+    """Refuse a checkpoint whose tensors are not those wanted.
+
+    Args:
+        differences: text on how the checkpoint's model differs from this one; asked for only in an error.
+    """
+    stored = stored_shapes(folder)
+    parts = {name.split(".")[0] for name in tensors}
+    missing = [name for name in tensors if name not in stored]
+    unexpected = [name for name in stored if name.split(".")[0] in parts and name not in tensors]
+    reshaped = [
+        f"{name} is {list(stored[name])} there and {list(tensor.shape)} here"
+        for name, tensor in tensors.items()
+        if name in stored and stored[name] != tuple(tensor.shape)
+    ]
+    problems = [("not in the checkpoint", missing), ("not in this model", unexpected), ("of another shape", reshaped)]
+    lines = [f"{len(names)} {what}: {listed(names)}" for what, names in problems if names]
+    if lines:
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model or optimizer. {'; '.join(lines)}.{differences()} "
+            f"Use another job.dump_folder, or the [model] of that run."
+        )
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def load_objects(folder: Path) -> dict[str, Any]:
+    """The merged objects of a checkpoint of ours. They are pickled: load checkpoints only from where you trust."""
+    return torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)
