@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,11 @@ from flame.checkpoint.state import (
 )
 from flame.config.sections import Checkpoint
 from flame.errors import CheckpointError, unknown_name
+from flame.models.hf import DTYPES, load_weights
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CheckpointManager:
@@ -62,7 +61,6 @@ class CheckpointManager:
         self.group = dist.new_group(backend="gloo")
         self.writers = dist.new_group(backend="gloo")
         self.pending: PendingSave | None = None
-        self.last_saved = time.monotonic()
         unknown = [name for name in options.exclude_from_loading if name not in self.states]
         if unknown:
             text = unknown_name("part", unknown[0], self.states)
@@ -73,16 +71,6 @@ class CheckpointManager:
         """Rank 0 names, describes and publishes what all ranks write."""
         return dist.get_rank() == 0
 
-    def is_due(self, step: int) -> bool:
-        """Whether the interval in steps asks for a checkpoint after `step`."""
-        interval = self.options.interval
-        return (interval > 0 and step % interval == 0) or (self.options.enable_first_step_checkpoint and step == 1)
-
-    def is_due_by_time(self) -> bool:
-        """Whether the interval in minutes has passed, by this rank's clock; ranks must agree before they save."""
-        minutes = self.options.interval_minutes
-        return bool(minutes) and time.monotonic() - self.last_saved >= 60 * float(minutes or 0)
-
     def save(self, step: int, last: bool = False) -> bool:
         """Save the state after `step`.
 
@@ -90,11 +78,13 @@ class CheckpointManager:
             last: nothing follows: wait until it is on disk, and raise if it is not.
 
         Returns:
-            False when the save failed, or could not begin; the log says why.
+            False when nothing was saved: checkpoints are not enabled, or the save failed and the log says why.
 
         Raises:
             CheckpointError: the last save failed.
         """
+        if not self.options.enable:
+            return False
         self.finish_pending(raise_failure=False)
         weights_only = last and self.options.last_save_model_only
         try:
@@ -108,7 +98,6 @@ class CheckpointManager:
                 self.pending = save
         except CheckpointError as error:
             return self.report_failure(step, error, raise_failure=last)
-        self.last_saved = time.monotonic()
         return True
 
     def begin(self, step: int, weights_only: bool) -> Path:
@@ -184,25 +173,26 @@ class CheckpointManager:
         self.finish_pending()
 
     def load(self, step: int = -1) -> int | None:
-        """Load the newest complete checkpoint, or that of `step`, into the states.
+        """Load the newest complete checkpoint of the run, or that of `step`, into the states.
+
+        A run that has none yet starts from `initial_load_path`, if that is given.
 
         Returns:
-            Its step, or None when the run has no checkpoint yet.
+            The step, or None when the run begins.
 
         Raises:
             CheckpointError: the checkpoint is missing, damaged, or of another model.
         """
         self.finish_pending(raise_failure=False)
-        found, problem = self.choose(step)
-        self.raise_found(problem)
-        if found is None:
-            return None
-        parts = {name: state for name, state in self.states.items() if name not in self.options.exclude_from_loading}
-        self.load_parts(storage.step_folder(self.root, found), parts)
+        found = self.choose(step) if self.options.enable else None
+        if found is not None:
+            self.load_parts(storage.step_folder(self.root, found), self.wanted(self.states))
+        elif self.options.initial_load_path:
+            self.load_initial(Path(self.options.initial_load_path))
         return found
 
-    def choose(self, step: int) -> tuple[int | None, str]:
-        """The step to load, decided by rank 0 for all, and what speaks against it."""
+    def choose(self, step: int) -> int | None:
+        """The step to load, decided by rank 0 for all."""
         choice: list[Any] = [None, ""]
         if self.is_writer:
             try:
@@ -214,21 +204,24 @@ class CheckpointManager:
             except CheckpointError as error:
                 choice[1] = str(error)
         dist.broadcast_object_list(choice, src=0, group=self.group)
-        return choice[0], choice[1]
-
-    def raise_found(self, problem: str) -> None:
-        if problem:
-            raise CheckpointError(problem)
+        if choice[1]:
+            raise CheckpointError(choice[1])
+        return choice[0]
 
     def load_initial(self, path: Path) -> None:
-        """Start from another run's checkpoint folder (`.../step-N`): its weights, or all of its state."""
+        """Start from a Hugging Face folder, or from a checkpoint (`.../step-N`): its weights, or all of its state."""
+        model = self.states[MODEL]
+        if self.options.initial_load_in_hf:
+            assert isinstance(model, nn.Module)
+            load_weights(model, path)
+            return
         problem = storage.damage(path)
         if problem is not None:
             raise CheckpointError(f"checkpoint.initial_load_path = {path} cannot be used: {problem}.")
-        only_model = self.options.initial_load_model_only
-        parts = {MODEL: self.states[MODEL]} if only_model else self.states
-        excluded = self.options.exclude_from_loading
-        self.load_parts(path, {name: state for name, state in parts.items() if name not in excluded})
+        self.load_parts(path, self.wanted({MODEL: model} if self.options.initial_load_model_only else self.states))
+
+    def wanted(self, parts: Mapping[str, Stateful | nn.Module]) -> dict[str, Stateful | nn.Module]:
+        return {name: state for name, state in parts.items() if name not in self.options.exclude_from_loading}
 
     def load_parts(self, folder: Path, parts: Mapping[str, Stateful | nn.Module]) -> None:
         tensors = self.tensors(parts)

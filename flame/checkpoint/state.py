@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flame.errors import CheckpointError
+from flame.models.hf import named_weights
 
 OBJECTS = "state.pt"
 MODEL = "model"
@@ -45,25 +46,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; of tied ones only the first name."""
-    tensors, seen = {}, set()
-    for name, tensor in [*model.named_parameters(), *persistent_buffers(model)]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
-
-
-def persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    kept = model.state_dict().keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
-
-
 def tensors_of(part: str, state: Stateful | nn.Module) -> dict[str, Tensor]:
     """The tensors of one part under their names in the checkpoint."""
     if isinstance(state, nn.Module):
-        return {f"{part}.{name}": tensor for name, tensor in model_tensors(state).items()}
+        return {f"{part}.{name}": tensor for name, tensor in named_weights(state).items()}
     return {f"{part}.{name}": value for name, value in flatten(state.state_dict()) if isinstance(value, Tensor)}
 
 

@@ -232,10 +232,10 @@ def start_from_weights(rank, folder):
     save_two_checkpoints(rank, other)
     first = make_run(other, Degrees(), 1)
     first[2].load(2)
-    step, cursor, manager = make_run(folder, Degrees(), 1)
-    manager.load_initial(other / "checkpoint" / "step-2")
+    step, cursor, manager = make_run(folder, Degrees(), 1, initial_load_path=str(other / "checkpoint" / "step-2"))
+    begun = manager.load()
     same = all(torch.equal(a, b) for a, b in zip(first[0].model.parameters(), step.model.parameters()))
-    return same, cursor.entries["shard_0"]["at"], manager.load()
+    return same, cursor.entries["shard_0"]["at"], begun
 
 
 @pytest.mark.distributed

@@ -1,0 +1,251 @@
+"""Hugging Face folders: sharded safetensors, config.json, tokenizer. transformers itself is needed only to load them there.
+
+Tensor names are the same on both sides, so a folder is written and read tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flame.errors import CheckpointError
+from flame.models.config import ModelConfig
+from flame.models.decoder import CausalLM
+from flame.models.initialize import local_slice
+from flame.models.registry import load_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SHARD_BYTES = 4 << 30
+
+
+def architecture(model_type: str) -> str:
+    """Name of the class in transformers: the system's, without separators."""
+    return "".join(word.capitalize() for word in model_type.split("_")) + "ForCausalLM"
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name; of tied ones only the first name, as safetensors wants it."""
+    kept, seen, weights = model.state_dict().keys(), set(), {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in kept and id(tensor) not in seen:
+            seen.add(id(tensor))
+            weights[name] = tensor.detach()
+    return weights
+
+
+class FolderWriter:
+    """Writes tensors into safetensors files of limited size as they come; `close` writes the index.
+
+    Args:
+        dtype: type of floating-point tensors on disk; None keeps each one's own.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
+        self.waiting: dict[str, Tensor] = {}
+        self.bytes = self.total = 0
+        self.shards: list[list[str]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
+            stale.unlink(missing_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self.dtype)
+        size = tensor.numel() * tensor.element_size()
+        if self.waiting and self.bytes + size > self.shard_bytes:
+            self.write_shard()
+        self.waiting[name] = tensor.cpu().contiguous()
+        self.bytes += size
+        self.total += size
+
+    def write_shard(self) -> None:
+        save_file(self.waiting, self.part(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.waiting))
+        self.waiting, self.bytes = {}, 0
+
+    def part(self, number: int) -> Path:
+        """Name of a shard while the number of shards is not known."""
+        return self.folder / f"model-part{number:05d}.safetensors"
+
+    def close(self) -> None:
+        self.write_shard()
+        count = len(self.shards)
+        if count == 1:
+            self.part(0).rename(self.folder / WEIGHTS)
+            return
+        names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        for number, name in enumerate(names):
+            self.part(number).rename(self.folder / name)
+        weight_map = {tensor: name for name, tensors in zip(names, self.shards) for tensor in tensors}
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """config.json as transformers and `build_model` read it."""
+    values = {**config.to_dict(), "architectures": [architecture(config.model_type)]}
+    if dtype is not None:
+        values["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_folder(
+    folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> None:
+    """Write config.json and weights; `dtype` None keeps the tensors' own."""
+    writer = FolderWriter(folder, dtype)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close()
+    write_config(folder, config, dtype)
+
+
+def export_model(model: CausalLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model in training, sharded or not; all ranks must call it, rank 0 writes, one full tensor at a time."""
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    gathered = (
+        (name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        for name, tensor in named_weights(model).items()
+    )
+    if is_writer:
+        write_folder(folder, model.config, gathered, dtype)
+    else:
+        for _ in gathered:
+            pass
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, those of its index or its only one.
+
+    Raises:
+        CheckpointError: there are none, or the index names a missing one.
+    """
+    index = folder / INDEX
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is no complete Hugging Face folder: {missing[0]} is missing.")
+    return [folder / name for name in names]
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a folder, one tensor in memory at a time."""
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                yield name, shard.get_tensor(name)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill a model, sharded or not, from a folder; every rank keeps its own part of each tensor.
+
+    Raises:
+        CheckpointError: names or shapes are not those of the model.
+    """
+    targets, seen = named_weights(model), set()
+    for name, tensor in read_weights(folder):
+        target = targets.get(name)
+        if target is None:
+            if name == "lm_head.weight":  # the second name of a tied embedding
+                continue
+            raise CheckpointError(
+                f"{folder} has a tensor {name}, which this model lacks; its config.json says which it is."
+            )
+        if target.shape != tensor.shape:
+            raise CheckpointError(
+                f"{folder}: {name} is {list(tensor.shape)} there and {list(target.shape)} in this model."
+            )
+        seen.add(name)
+        if isinstance(target, DTensor):
+            target.to_local().copy_(local_slice(tensor.to(target.dtype).to(target.device), target))
+        else:
+            target.copy_(tensor)
+    missing = sorted(targets.keys() - seen)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]} first.")
+
+
+def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> CausalLM:
+    """The model in a Hugging Face folder, ready to evaluate.
+
+    Args:
+        dtype: type of the weights; None keeps float32.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = CausalLM(load_config(folder))
+    model.to_empty(device=device)
+    model.tie_weights()
+    load_weights(model, folder)
+    return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+def register_with_transformers() -> None:
+    """Make `AutoModelForCausalLM.from_pretrained` load folders of every system of flame. Imports transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from flame.models.registry import systems
+
+    for model_type in systems():
+        config_class, model_class = transformers_classes(model_type)
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def transformers_classes(model_type: str) -> tuple[Any, Any]:
+    """A config and a model class of transformers around one system."""
+    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from flame.models.registry import get_system, resolve_config
+
+    known = set(get_system(model_type).config.__dataclass_fields__)
+
+    class Config(PretrainedConfig):
+        def flame_config(self) -> ModelConfig:
+            values = {key: value for key, value in self.to_dict().items() if key in known}
+            return resolve_config({**values, "model_type": model_type})
+
+    Config.model_type = model_type
+
+    class Model(PreTrainedModel, GenerationMixin):
+        config_class = Config
+        base_model_prefix = ""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            inner = CausalLM(config.flame_config())
+            for name, child in inner.named_children():
+                self.add_module(name, child)
+            self.__dict__["inner"] = inner  # not a second registration of the same parameters
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            """Modules initialise themselves."""
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.inner.decoder.embeddings
+
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **unused: Any) -> CausalLMOutputWithPast:
+            logits, loss = self.inner(input_ids).logits, None
+            if labels is not None:  # transformers shifts inside the model
+                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+        def prepare_inputs_for_generation(self, input_ids: Tensor, **unused: Any) -> Mapping[str, Any]:
+            return {"input_ids": input_ids}  # flame.evaluation.generate decodes with a cache; this recomputes
+
+    Model.__name__ = Model.__qualname__ = architecture(model_type)
+    return Config, Model

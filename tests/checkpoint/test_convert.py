@@ -1,0 +1,83 @@
+import argparse
+
+import pytest
+import torch
+from properties import tokens
+
+from flame.checkpoint import convert
+from flame.checkpoint.convert import from_hf, to_hf
+from flame.errors import CheckpointError
+from flame.models import build_model, initialize_weights
+from flame.models.hf import FolderWriter, export_model, load_model, read_weights, register_with_transformers
+
+CONFIG = {
+    "model_type": "gla", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2,
+    "attn": {"layers": [1], "num_heads": 4},
+}  # fmt: skip
+
+
+def exported(folder, dtype=None, **extra):
+    model = build_model({**CONFIG, **extra})
+    initialize_weights(model, 3)
+    export_model(model, folder, dtype)
+    (folder / "tokenizer.json").write_text("{}")
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_hugging_face_to_checkpoint_and_back_is_byte_equal(tmp_path, dtype, tied):
+    model = exported(tmp_path / "hf", dtype, tie_word_embeddings=tied)
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    to_hf(step, tmp_path / "again", tokenizer=tmp_path / "hf")
+    before, after = dict(read_weights(tmp_path / "hf")), dict(read_weights(tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert ("lm_head.weight" in before) is not tied
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+    ids = tokens(2, 19)
+    assert torch.equal(load_model(tmp_path / "hf")(ids).logits, load_model(tmp_path / "again")(ids).logits)
+    if dtype is None:
+        assert torch.equal(load_model(tmp_path / "again")(ids).logits, model(ids).logits)
+    assert (tmp_path / "again" / "tokenizer.json").is_file()
+
+
+def test_large_folders_are_cut_into_indexed_shards(tmp_path):
+    tensors = {f"layer.{i}": torch.full((64,), float(i)) for i in range(5)}
+    writer = FolderWriter(tmp_path, shard_bytes=600)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors"))[0] == "model-00001-of-00003.safetensors"
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in read_weights(tmp_path))
+    assert len(dict(read_weights(tmp_path))) == 5
+
+
+def test_transformers_loads_the_folder_and_computes_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = exported(tmp_path)
+    register_with_transformers()
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = tokens(2, 19)
+    torch.testing.assert_close(there(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-6)
+    assert type(there).__name__ == "GlaForCausalLM"
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    exported(tmp_path)
+    from flame.models.hf import load_weights
+
+    with pytest.raises(CheckpointError, match="embeddings.weight is"):
+        load_weights(build_model({**CONFIG, "vocab_size": 98}), tmp_path)
+
+
+def test_the_command_converts_in_both_directions(tmp_path, capsys):
+    exported(tmp_path / "hf")
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    convert.main(parser.parse_args([str(tmp_path / "hf"), str(tmp_path / "run" / "checkpoint"), "--step", "7"]))
+    step = tmp_path / "run" / "checkpoint" / "step-7"
+    convert.main(parser.parse_args([str(step), str(tmp_path / "out"), "--dtype", "bfloat16"]))
+    assert all(tensor.dtype == torch.bfloat16 for _, tensor in read_weights(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="neither"):
+        convert.main(parser.parse_args([str(tmp_path), str(tmp_path / "x")]))
