@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from flame.errors import FlameError
-from flame.kernels.cross_entropy import chunked, cross_entropy, linear_cross_entropy
+from flame.kernels.cross_entropy import chunked, cross_entropy, linear_cross_entropy, triton_linear
+from flame.kernels.cross_entropy.options import Terms
+from flame.kernels.cross_entropy.triton_linear import Chunking, chunk_rows
+from flame.kernels.cross_entropy.triton_rows import Tile
 
 OPTIONS = [
     {},
@@ -15,7 +18,6 @@ OPTIONS = [
     {"l2_warp": 0.05},
     {"z_loss": 1e-2, "label_smoothing": 0.2, "soft_cap": 3.0, "l2_warp": 0.05},
 ]
-BACKENDS = ["chunked"]
 
 
 def make(N: int = 13, D: int = 8, V: int = 37, dtype=torch.float64):
@@ -45,6 +47,56 @@ def test_linear_in_chunks_equals_definition(options, monkeypatch):
     expected = torch.autograd.grad(want * 0.37, (hidden, weight))
     for a, b in zip(torch.autograd.grad(got * 0.37, (hidden, weight)), expected):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("block", [16, 64])
+def test_linear_kernel_equals_definition(options, block):
+    hidden, weight, labels = (t.detach() for t in make(N=141, dtype=torch.float32))
+    terms = Terms(**options)
+    chunking = Chunking(bytes=1, step_rows=96, tile=Tile(block, 4))  # two chunks, uneven steps; a row in tiles or in one
+    got = triton_linear.linear_cross_entropy(hidden, weight, labels, terms, True, True, chunking)
+    want = chunked.linear_cross_entropy(hidden, weight, labels, terms, True, True)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_plain_kernel_equals_definition(options):
+    hidden, weight, labels = make(dtype=torch.float32)
+    logits = (hidden @ weight.t()).detach()
+    padded = torch.full((len(logits), 48), float("nan"))
+    padded[:, :37] = logits
+    results = []
+    for x, backend in ((padded[:, :37], "triton"), (logits, "reference")):
+        leaf = x.requires_grad_()
+        loss = cross_entropy(leaf, labels, backend=backend, **options)
+        results.append((loss, torch.autograd.grad(loss * 0.37, leaf)[0]))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_kernel_through_the_public_op():
+    hidden, weight, labels = make(dtype=torch.float32)
+    got, want = (linear_cross_entropy(hidden, weight, labels, backend=b) for b in ("triton", "reference"))
+    torch.testing.assert_close(got, want)
+    expected = torch.autograd.grad(want * 0.37, (hidden, weight))
+    for a, b in zip(torch.autograd.grad(got * 0.37, (hidden, weight)), expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, backend="triton"), want.detach())
+
+
+def test_a_label_outside_the_vocabulary_makes_the_loss_nan():
+    hidden, weight, labels = make(dtype=torch.float32)
+    labels[0] = 37
+    assert linear_cross_entropy(hidden, weight, labels, backend="triton").isnan()
+
+
+def test_chunks_are_few_even_and_whole_tiles():
+    assert chunk_rows(32768, 32000, 2, Chunking()) == (16384, 16384)
+    assert chunk_rows(16384, 128256, 2, Chunking(step_rows=512)) == (4096, 512)
+    assert chunk_rows(5, 32000, 2, Chunking()) == (5, 5)
 
 
 def test_l2_warp_changes_the_gradient_alone():

@@ -57,6 +57,53 @@ def test_l2_norm_adds_eps_to_the_sum_of_squares():
     assert l2_norm(torch.zeros(1, 8)).isfinite().all()
 
 
+NORMS = {
+    "rms": (lambda t, b: rms_norm(t["x"], t["weight"], 1e-5, backend=b), "x weight"),
+    "rms_plain": (lambda t, b: rms_norm(t["x"], backend=b), "x"),
+    "rms_groups": (lambda t, b: rms_norm(t["x"], t["weight"], 1e-5, groups=3, backend=b), "x weight"),
+    "rms_residual": (lambda t, b: rms_norm(t["x"], t["weight"], 1e-5, t["beside"], backend=b), "x weight beside"),
+    "rms_of_sum": (lambda t, b: rms_norm(t["x"], t["weight"], 1e-5, t["beside"], backend=b)[0], "x weight beside"),
+    "layer": (lambda t, b: layer_norm(t["x"], t["weight"], t["bias"], 1e-5, backend=b), "x weight bias"),
+    "layer_residual": (
+        lambda t, b: layer_norm(t["x"], t["weight"], t["bias"], 1e-5, t["beside"], backend=b),
+        "x weight bias beside",
+    ),
+    "group": (lambda t, b: group_norm(t["x"], 4, t["weight"], t["bias"], 1e-3, backend=b), "x weight bias"),
+    "l2": (lambda t, b: l2_norm(t["x"], backend=b), "x"),
+    **{
+        f"gated_{act}_{first}_{groups}": (
+            lambda t, b, a=act, f=first, g=groups: gated_rms_norm(t["x"], t["beside"], t["weight"], 1e-5, a, f, g, b),
+            "x beside weight",
+        )
+        for act, first, groups in (("silu", False, 1), ("silu", True, 3), ("sigmoid", False, 3), ("sigmoid", True, 1))
+    },
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_kernel_equals_definition(name):
+    norm, names = NORMS[name]
+    tensors = {"x": torch.randn(3, 7, 24)[..., :12], "beside": torch.randn(3, 7, 12)}
+    tensors |= {"weight": torch.randn(12), "bias": torch.randn(12)}
+
+    def run(backend: str):
+        leaves = {n: tensors[n].detach().requires_grad_() for n in names.split()}
+        out = norm(leaves, backend)
+        out = out if isinstance(out, tuple) else (out,)
+        loss = sum((o * torch.linspace(-1, 1, o.numel()).cos().view_as(o)).sum() for o in out)
+        return [*out, *torch.autograd.grad(loss, list(leaves.values()))]
+
+    for got, want in zip(run("triton"), run("reference")):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_weight_gradient_over_many_programs_is_repeatable():
+    x, w = torch.randn(300, 16), torch.randn(16, requires_grad=True)
+    grads = [torch.autograd.grad(rms_norm(x, w, backend="triton").sum(), w)[0] for _ in range(2)]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+    torch.testing.assert_close(grads[0], torch.autograd.grad(rms_norm(x, w, backend="reference").sum(), w)[0])
+
+
 def test_misfit_is_named():
     x = torch.randn(2, 8)
     with pytest.raises(FlameError, match="groups"):

@@ -42,6 +42,19 @@ def test_tables_are_rounded_to_the_activation_dtype():
     torch.testing.assert_close(rotary(x, positions), want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernel_equals_definition(rows, dtype):
+    packed = torch.randn(2, 5, 3, 20).to(dtype).requires_grad_()
+    x = packed[..., :12]  # strided: part of a wider projection
+    positions = torch.randint(0, 4000, (2, 5) if rows else (5,))
+    want, got = (rotary(x, positions, 500.0, backend=b) for b in ("reference", "triton"))
+    torch.testing.assert_close(got, want)
+    w = torch.randn_like(want)
+    expected = torch.autograd.grad((want * w).sum(), packed, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad((got * w).sum(), packed)[0], expected)
+
+
 def test_misfit_is_named():
     with pytest.raises(FlameError, match="positions"):
         rotary(torch.randn(2, 3, 2, 8), torch.arange(4))

@@ -6,7 +6,7 @@ import torch
 from flame.errors import FlameError
 from flame.kernels.short_convolution import short_convolution
 
-BACKENDS = ["chunked"]
+BACKENDS = ["chunked", "triton"]
 PACKED = torch.tensor([0, 1, 3, 3, 10, 23], dtype=torch.int32)
 
 
@@ -44,6 +44,17 @@ def test_chunked_equals_recurrent(packed, state, activation):
     expected = run(inputs, "reference", packed, activation, state)
     for got, want in zip(run(inputs, "chunked", packed, activation, state), expected):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("W", [2, 3, 4])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernel_equals_recurrent(packed, state, W):
+    inputs = make(packed, W=W, dtype=torch.float32)
+    activation = "silu" if W != 3 else None
+    expected = run(inputs, "reference", packed, activation, state)
+    for got, want in zip(run(inputs, "triton", packed, activation, state), expected):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from flame.errors import FlameError
 from flame.kernels.swiglu import swiglu
 
-BACKENDS = ["chunked", "reference"]
+BACKENDS = ["chunked", "reference", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

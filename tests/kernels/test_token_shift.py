@@ -6,7 +6,7 @@ import torch
 from flame.errors import FlameError
 from flame.kernels.token_shift import token_shift
 
-BACKENDS = ["chunked"]
+BACKENDS = ["chunked", "triton"]
 PACKED = torch.tensor([0, 1, 3, 3, 10], dtype=torch.int32)
 
 

@@ -45,7 +45,10 @@ def cross_entropy(
     """
     terms = Terms(z_loss, label_smoothing, soft_cap, l2_warp)
     check_labels("cross_entropy", len(logits), labels)
-    select_backend(logits, backend, ("chunked", "reference"))
+    if logits.dim() != 2:
+        raise FlameError(f"cross_entropy: logits must be [N, V]; got {tuple(logits.shape)}. Flatten batch and time.")
+    if select_backend(logits, backend) == "triton":
+        return ops.cross_entropy(_rows_in_memory(logits), labels, terms.values())[0]
     return reference.cross_entropy(logits, labels, terms)
 
 
@@ -81,10 +84,14 @@ def linear_cross_entropy(
             f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} {weight.dtype}."
         )
     check_labels("linear_cross_entropy", len(hidden), labels)
-    chosen = select_backend(hidden, backend, ("chunked", "reference"))
+    chosen = select_backend(hidden, backend)
     if chosen == "reference":
         return reference.linear_cross_entropy(hidden, weight, labels, terms)
     grad = torch.is_grad_enabled()
-    options = [terms.z_loss, terms.label_smoothing, terms.soft_cap, terms.l2_warp]
     need = grad and hidden.requires_grad, grad and weight.requires_grad
-    return ops.linear_cross_entropy(hidden, weight, labels, options, *need, chosen)[0]
+    return ops.linear_cross_entropy(hidden, weight, labels, terms.values(), *need, chosen)[0]
+
+
+def _rows_in_memory(logits: Tensor) -> Tensor:
+    """The same logits with adjacent columns; rows may be apart (padded vocabularies)."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()

@@ -27,6 +27,10 @@ class Terms:
     soft_cap: float = 0.0
     l2_warp: float = 0.0
 
+    def values(self) -> list[float]:
+        """The fields in order, as the registered ops take them."""
+        return [self.z_loss, self.label_smoothing, self.soft_cap, self.l2_warp]
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise FlameError(f"cross_entropy: label_smoothing must be in [0, 1); got {self.label_smoothing}.")

@@ -6,17 +6,15 @@ sum is normalised, and the sum rounded to the residual's dtype is returned besid
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.backend import select_backend
+from flame.kernels.layout import pointwise_backend
 from flame.kernels.normalization import reference
 
 __all__ = ["gated_rms_norm", "group_norm", "l2_norm", "layer_norm", "rms_norm"]
-
-_BACKENDS = ("chunked", "reference")
 
 
 @overload
@@ -59,7 +57,9 @@ def rms_norm(
         FlameError: shapes that do not fit together or an unknown backend.
     """
     _check("rms_norm", x, weight, None, residual, groups)
-    select_backend(x, backend, _BACKENDS)
+    if pointwise_backend(x, backend) == "triton":
+        y, total = _fused(x, weight, None, residual, None, "rms", "none", eps, groups)
+        return y if residual is None else (y, total)
     total = reference.add_residual(x, residual)
     y = reference.rms(total, weight, eps, groups).to(x.dtype)
     return y if residual is None else (y, total.to(residual.dtype))
@@ -93,7 +93,9 @@ def layer_norm(
     Shapes, result and errors as in `rms_norm`; bias `[C]` or None.
     """
     _check("layer_norm", x, weight, bias, residual, 1)
-    select_backend(x, backend, _BACKENDS)
+    if pointwise_backend(x, backend) == "triton":
+        y, total = _fused(x, weight, bias, residual, None, "layer", "none", eps, 1)
+        return y if residual is None else (y, total)
     total = reference.add_residual(x, residual)
     y = reference.layer(total, weight, bias, eps, 1).to(x.dtype)
     return y if residual is None else (y, total.to(residual.dtype))
@@ -114,7 +116,8 @@ def group_norm(
     arXiv 1803.08494, without its mean over space. Raises FlameError when C does not divide.
     """
     _check("group_norm", x, weight, bias, None, groups)
-    select_backend(x, backend, _BACKENDS)
+    if pointwise_backend(x, backend) == "triton":
+        return _fused(x, weight, bias, None, None, "layer", "none", eps, groups)[0]
     return reference.layer(reference.add_residual(x, None), weight, bias, eps, groups).to(x.dtype)
 
 
@@ -136,14 +139,23 @@ def gated_rms_norm(
     _check("gated_rms_norm", x, weight, None, gate, groups)
     if activation not in ("silu", "sigmoid"):
         raise FlameError(f"gated_rms_norm: activation must be 'silu' or 'sigmoid'; got {activation!r}.")
-    select_backend(x, backend, _BACKENDS)
+    if pointwise_backend(x, backend) == "triton":
+        gating = activation + "_first" if gate_first else activation
+        return _fused(x, weight, None, None, gate, "rms", gating, eps, groups)[0]
     return reference.gated_rms(x, gate, weight, eps, activation, gate_first, groups)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension, eps inside the root; x `[..., C]`, result like x."""
-    select_backend(x, backend, _BACKENDS)
+    if pointwise_backend(x, backend) == "triton":
+        return _fused(x, None, None, None, None, "l2", "none", eps, 1)[0]
     return reference.l2(x, eps)
+
+
+def _fused(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from flame.kernels.normalization import triton_ops  # imports triton, which a CPU does not need
+
+    return triton_ops.norm(x, *arguments)
 
 
 def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, beside: Tensor | None, groups: int) -> None:

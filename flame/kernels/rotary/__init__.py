@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.backend import select_backend
+from flame.kernels.layout import pointwise_backend
 from flame.kernels.rotary import reference
 
 __all__ = ["rotary"]
@@ -32,5 +32,8 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, *, backend: str
         raise FlameError(
             f"rotary: positions must be [T] or [B, T] for x {tuple(x.shape)}; got {tuple(positions.shape)}."
         )
-    select_backend(x, backend, ("chunked", "reference"))
+    if pointwise_backend(x, backend) == "triton":
+        from flame.kernels.rotary import triton_rotary  # imports triton, which a CPU does not need
+
+        return triton_rotary.rotary(x, positions, theta, False)
     return reference.rotary(x, positions, theta)

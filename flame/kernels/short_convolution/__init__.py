@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -34,7 +35,7 @@ def short_convolution(
         initial_state: `[N, C, W]`, the last W raw inputs of each sequence, newest last (N = B, or documents).
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` boundaries of packed documents; none sees another.
-        backend: 'triton', 'chunked' or 'reference'; default by device.
+        backend: 'triton' (W <= 4), 'chunked' or 'reference'; default by device.
 
     Returns:
         y `[B, T, C]` in x.dtype (sums in fp32) and the final state `[N, C, W]` in x.dtype, or None. Both carry
@@ -44,13 +45,25 @@ def short_convolution(
         FlameError: shapes that do not fit together, an unknown activation or backend.
     """
     _check(x, weight, activation, initial_state, cu_seqlens)
-    if select_backend(x, backend, ("chunked", "reference")) == "reference":
+    chosen = _backend(x, weight, backend)
+    if chosen == "reference":
         y, state = reference.short_convolution(x, weight, bias, activation, initial_state, cu_seqlens)
         return y, state if output_final_state else None
-    y = chunked.short_convolution(x, weight, bias, activation, initial_state, cu_seqlens)
+    if chosen == "triton":
+        from flame.kernels.short_convolution import triton_ops  # imports triton, which a CPU does not need
+
+        y = triton_ops.short_convolution(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+    else:
+        y = chunked.short_convolution(x, weight, bias, activation, initial_state, cu_seqlens)
     if not output_final_state:
         return y, None
     return y, chunked.final_state(x, weight.shape[1], initial_state, cu_seqlens)
+
+
+def _backend(x: Tensor, weight: Tensor, requested: str | None) -> str:
+    """The kernels have up to four taps and no fp64."""
+    fits = weight.shape[1] <= 4 and x.dtype != torch.float64
+    return select_backend(x, requested, ("triton", "chunked", "reference") if fits else ("chunked", "reference"))
 
 
 def _check(x: Tensor, weight: Tensor, activation: str | None, state: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.backend import select_backend
+from flame.kernels.layout import pointwise_backend
 from flame.kernels.swiglu import reference
 
 __all__ = ["swiglu"]
@@ -20,6 +20,11 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """
     if gate.shape != up.shape:
         raise FlameError(f"swiglu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape.")
-    if select_backend(gate, backend, ("chunked", "reference")) == "reference":
+    chosen = pointwise_backend(gate, backend)
+    if chosen == "triton":
+        from flame.kernels.swiglu import triton_swiglu  # imports triton, which a CPU does not need
+
+        return triton_swiglu.swiglu(gate, up)
+    if chosen == "reference":
         return reference.swiglu(gate, up)
     return reference.SwiGLU.apply(gate, up)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.backend import select_backend
+from flame.kernels.layout import pointwise_backend
 from flame.kernels.token_shift import reference
 
 __all__ = ["token_shift"]
@@ -41,6 +41,10 @@ def token_shift(
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and tuple(state.shape) != (sequences, x.shape[2]):
         raise FlameError(f"token_shift: state must be [N, C] = {(sequences, x.shape[2])}; got {tuple(state.shape)}.")
-    select_backend(x, backend, ("chunked", "reference"))
-    shifted = reference.token_shift(x, state, cu_seqlens)
+    if pointwise_backend(x, backend) == "triton":
+        from flame.kernels.token_shift import triton_shift  # imports triton, which a CPU does not need
+
+        shifted = triton_shift.token_shift(x, state, cu_seqlens)
+    else:
+        shifted = reference.token_shift(x, state, cu_seqlens)
     return shifted, reference.final_state(x, state, cu_seqlens) if output_final_state else None

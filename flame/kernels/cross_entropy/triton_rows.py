@@ -1,0 +1,178 @@
+"""Row kernel of the cross-entropies: logits `[n, V]` in, loss, statistics and gradients out. One program a row.
+
+A row is read in tiles, once for its max and sum of exponentials and again for the gradient. At the vocabularies in use the
+second reading comes from the L1 cache (V = 32000: 64 KB) or the L2 (V = 128256: 256 KB a row, 132 rows in flight), so device
+memory sees one read and one write of the logits. A row that fits in one tile stays in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flame.kernels.cross_entropy.options import Terms
+
+_IGNORED = tl.constexpr(-100)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _capped(x, soft_cap):
+    """soft_cap * tanh(x / soft_cap); exact in the limits, where the exponential is 0 or inf."""
+    return soft_cap - 2.0 * soft_cap / (tl.exp2(x * (2.0 * _LOG2E / soft_cap)) + 1.0)
+
+
+@triton.jit
+def _logits(row, column, V, soft_cap, CAP: tl.constexpr):
+    """One tile of a row in fp32, -inf past its end."""
+    s = tl.load(row + column, mask=column < V, other=float("-inf")).to(tl.float32)
+    if CAP:
+        s = tl.where(column < V, _capped(s, soft_cap), float("-inf"))
+    return s
+
+
+@triton.jit
+def _gradient(s, column, target, largest_at, lse, largest, factor, confidence, even, z_loss, l2_warp, soft_cap,
+              CAP: tl.constexpr, WARP: tl.constexpr):  # fmt: skip
+    """factor * d loss / d logits of one tile; the label's column is `target`, outside [0, V) when it is not here."""
+    grad = tl.exp2((s - lse) * _LOG2E) * (factor * (1.0 + 2.0 * z_loss * lse)) - factor * even
+    grad = tl.where(column == target, grad - factor * confidence, grad)
+    if WARP:
+        grad = tl.where(column == largest_at, grad + factor * l2_warp * largest, grad)
+    if CAP:
+        grad *= 1.0 - (s / soft_cap) * (s / soft_cap)
+    return grad
+
+
+@triton.jit(do_not_specialize=["first_column"])
+def rows_kernel(
+    logits, out, labels, loss, stats, largest_index, factor_ptr,
+    logits_stride, out_stride, V, V_total, first_column,
+    confidence, even, z_loss, l2_warp, soft_cap,
+    SCAN: tl.constexpr, WRITE: tl.constexpr, LOSS: tl.constexpr, CAP: tl.constexpr, SUM: tl.constexpr,
+    WARP: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row. SCAN makes stats (lse, target logit, sum, max), else they are read; LOSS and WRITE say what is stored."""
+    index = tl.program_id(0).to(tl.int64)
+    row = logits + index * logits_stride
+    label = tl.load(labels + index).to(tl.int64)
+    valid = label != _IGNORED
+    target = (label - first_column).to(tl.int32)
+    here = valid & (target >= 0) & (target < V)
+    target = tl.where(here, target, -1)
+    column = tl.arange(0, BLOCK)
+    largest_at = -1
+    s = tl.zeros((BLOCK,), tl.float32)
+    if SCAN:
+        # Before the scan, whose reductions are barriers: later, another thread may have overwritten this logit in place.
+        target_logit = tl.load(row + target, mask=here, other=0.0).to(tl.float32)
+        if CAP:
+            target_logit = tl.where(here, _capped(target_logit, soft_cap), 0.0)
+        largest = float("-inf")
+        summed = 0.0
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, BLOCK if ONE_TILE else V, BLOCK):
+            s = _logits(row, start + column, V, soft_cap, CAP)
+            tile_largest = tl.max(s, axis=0)
+            if WARP:
+                at = tl.min(tl.where(s == tile_largest, start + column, V), axis=0)
+                largest_at = tl.where(tile_largest > largest, at, largest_at)
+            if SUM:
+                summed += tl.sum(tl.where(start + column < V, s, 0.0), axis=0)
+            higher = tl.maximum(largest, tile_largest)
+            total = total * tl.exp2((largest - higher) * _LOG2E) + tl.exp2((s - higher) * _LOG2E)
+            largest = higher
+        lse = largest + tl.log2(tl.sum(total, axis=0)) / _LOG2E
+        if LOSS:
+            value = lse - confidence * target_logit - even * summed + z_loss * lse * lse
+            value = tl.where((label >= 0) & (label < V_total), value, float("nan"))  # a label that does not exist
+            tl.store(loss + index, tl.where(valid, value, 0.0))
+        if not WRITE:
+            tl.store(stats + index * 4, lse)
+            tl.store(stats + index * 4 + 1, target_logit)
+            tl.store(stats + index * 4 + 2, summed)
+            tl.store(stats + index * 4 + 3, largest)
+            if WARP:
+                tl.store(largest_index + index, largest_at)
+    else:
+        lse = tl.load(stats + index * 4)
+        largest = tl.load(stats + index * 4 + 3)
+        if WARP:
+            largest_at = tl.load(largest_index + index)
+    if WRITE:
+        factor = 1.0
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr).to(tl.float32)
+        for start in range(0, BLOCK if ONE_TILE else V, BLOCK):
+            if not (ONE_TILE and SCAN):
+                s = _logits(row, start + column, V, soft_cap, CAP)
+            grad = _gradient(s, start + column, target, largest_at, lse, largest, factor, confidence, even, z_loss,
+                             l2_warp, soft_cap, CAP, WARP)  # fmt: skip
+            grad = tl.where(valid, grad, 0.0).to(out.dtype.element_ty)
+            tl.store(out + index * out_stride + start + column, grad, mask=start + column < V)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Columns read at a time and warps of a program."""
+
+    block: int
+    warps: int
+
+
+def default_tile(vocabulary: int) -> Tile:
+    """The measured choice on Hopper; any power of two is right."""
+    if vocabulary <= 4096:
+        return Tile(triton.next_power_of_2(vocabulary), 4)
+    return Tile(8192, 8)
+
+
+@dataclass
+class Rows:
+    """What one launch reads and writes; a tensor that is None is not touched."""
+
+    logits: Tensor  # [n, V], rows may be padded
+    labels: Tensor  # [n]
+    out: Tensor | None = None  # gradients like logits, may be logits
+    loss: Tensor | None = None  # fp32 [n]
+    stats: Tensor | None = None  # fp32 [n, 4]: lse, target logit, sum, max
+    largest: Tensor | None = None  # int32 [n]: column of the max, for l2_warp
+    factor: Tensor | None = None  # scalar on the device that scales the gradient
+    first_column: int = 0  # of this shard of the vocabulary
+    vocabulary: int | None = None  # of all shards
+
+
+def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> None:
+    """Run the kernel over all rows."""
+    n, V = rows.logits.shape
+    tile = tile or default_tile(V)
+    total = rows.vocabulary or V
+    out = rows.out if rows.out is not None else rows.logits
+    rows_kernel[(n,)](
+        rows.logits, out, rows.labels, rows.loss, rows.stats, rows.largest, rows.factor,
+        rows.logits.stride(0), out.stride(0), V, total, rows.first_column,
+        1.0 - terms.label_smoothing, terms.label_smoothing / total, terms.z_loss, terms.l2_warp, terms.soft_cap,
+        SCAN=scan, WRITE=rows.out is not None, LOSS=rows.loss is not None, CAP=terms.soft_cap > 0,
+        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, ONE_TILE=tile.block >= V, BLOCK=tile.block,
+        num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(source, out, factor_ptr, size, BLOCK: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr).to(tl.float32)
+    value = tl.load(source + offset, mask=offset < size).to(tl.float32) * factor
+    tl.store(out + offset, value.to(out.dtype.element_ty), mask=offset < size)
+
+
+def scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """source * factor rounded once to `dtype`; the factor is read on the device, in its own precision."""
+    out = torch.empty_like(source, dtype=dtype)
+    block = 4096
+    _scale_kernel[(triton.cdiv(source.numel(), block),)](source, out, factor, source.numel(), BLOCK=block, num_warps=8)
+    return out

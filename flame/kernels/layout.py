@@ -1,0 +1,37 @@
+"""Small decisions that the row-wise and pointwise ops share: which form runs, and how a tensor's rows lie in memory."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from flame.kernels.backend import select_backend
+
+
+def pointwise_backend(x: Tensor, requested: str | None) -> str:
+    """'triton', or the one plain form, which answers to 'chunked' and 'reference' alike. The kernels have no fp64."""
+    if requested is None and x.dtype == torch.float64:
+        return "chunked"
+    return select_backend(x, requested)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x `[..., C]` as `[N, C]` with adjacent columns: a view if the rows are evenly spaced, otherwise a copy."""
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        try:
+            return x.view(-1, x.shape[-1])
+        except RuntimeError:
+            pass
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+@lru_cache(maxsize=16)
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of x's device (a stand-in without a GPU)."""
+    return _processors(x.device.index or 0) if x.is_cuda else 4
