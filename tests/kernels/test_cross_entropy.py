@@ -2,13 +2,22 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from flame.errors import FlameError
-from flame.kernels.cross_entropy import chunked, cross_entropy, linear_cross_entropy, triton_linear
-from flame.kernels.cross_entropy.options import Terms
-from flame.kernels.cross_entropy.triton_linear import Chunking, chunk_rows
-from flame.kernels.cross_entropy.triton_rows import Tile
+from flame.kernels.cross_entropy import (
+    Terms,
+    VocabularyShard,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_kl_divergence,
+    ops,
+    triton_rows,
+    vocabulary_parallel_cross_entropy,
+)
+from flame.kernels.cross_entropy.linear import Chunking
 
 OPTIONS = [
     {},
@@ -38,31 +47,48 @@ def test_sum_over_valid_tokens_equals_torch():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_linear_in_chunks_equals_definition(options, monkeypatch):
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 37 * 5)  # several uneven chunks
-    hidden, weight, labels = make()
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_linear_in_chunks_equals_definition(options, backend, monkeypatch):
+    small = Chunking(bytes=1, step_rows=3, multiple=5)  # several uneven chunks and steps
+    monkeypatch.setattr(ops, "default_chunking", lambda hidden: small)
+    monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: triton_rows.Tile(16, 4))
+    hidden, weight, labels = make(dtype=torch.float64 if backend == "chunked" else torch.float32)
     want = linear_cross_entropy(hidden, weight, labels, backend="reference", **options)
-    got = linear_cross_entropy(hidden, weight, labels, backend="chunked", **options)
+    got = linear_cross_entropy(hidden, weight, labels, backend=backend, **options)
     torch.testing.assert_close(got, want)
     expected = torch.autograd.grad(want * 0.37, (hidden, weight))
     for a, b in zip(torch.autograd.grad(got * 0.37, (hidden, weight)), expected):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            linear_cross_entropy(hidden, weight, labels, backend=backend, **options), want.detach()
+        )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_kl_in_chunks_equals_definition(backend, monkeypatch):
+    monkeypatch.setattr(ops, "default_chunking", lambda hidden: Chunking(bytes=1, step_rows=3, multiple=5))
+    hidden, weight, labels = make(dtype=torch.float32)
+    teacher = torch.randn(13, 6), torch.randn(37, 6)
+    want, got = (
+        linear_kl_divergence(hidden, weight, *teacher, labels=labels, temperature=2.0, backend=b)
+        for b in ("reference", backend)
+    )
+    torch.testing.assert_close(got, want)
+    expected = torch.autograd.grad(want * 0.37, (hidden, weight))
+    for a, b in zip(torch.autograd.grad(got * 0.37, (hidden, weight)), expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+def test_kl_of_equals_is_zero():
+    hidden, weight, _ = make()
+    assert abs(linear_kl_divergence(hidden, weight, hidden, weight).item()) < 1e-12
+
+
 @pytest.mark.parametrize("block", [16, 64])
-def test_linear_kernel_equals_definition(options, block):
-    hidden, weight, labels = (t.detach() for t in make(N=141, dtype=torch.float32))
-    terms = Terms(**options)
-    chunking = Chunking(bytes=1, step_rows=96, tile=Tile(block, 4))  # two chunks, uneven steps; a row in tiles or in one
-    got = triton_linear.linear_cross_entropy(hidden, weight, labels, terms, True, True, chunking)
-    want = chunked.linear_cross_entropy(hidden, weight, labels, terms, True, True)
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_plain_kernel_equals_definition(options):
+def test_plain_kernel_equals_definition(options, block, monkeypatch):
+    monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: triton_rows.Tile(block, 4))
     hidden, weight, labels = make(dtype=torch.float32)
     logits = (hidden @ weight.t()).detach()
     padded = torch.full((len(logits), 48), float("nan"))
@@ -76,17 +102,6 @@ def test_plain_kernel_equals_definition(options):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_kernel_through_the_public_op():
-    hidden, weight, labels = make(dtype=torch.float32)
-    got, want = (linear_cross_entropy(hidden, weight, labels, backend=b) for b in ("triton", "reference"))
-    torch.testing.assert_close(got, want)
-    expected = torch.autograd.grad(want * 0.37, (hidden, weight))
-    for a, b in zip(torch.autograd.grad(got * 0.37, (hidden, weight)), expected):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, backend="triton"), want.detach())
-
-
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan():
     hidden, weight, labels = make(dtype=torch.float32)
     labels[0] = 37
@@ -94,9 +109,32 @@ def test_a_label_outside_the_vocabulary_makes_the_loss_nan():
 
 
 def test_chunks_are_few_even_and_whole_tiles():
-    assert chunk_rows(32768, 32000, 2, Chunking()) == (16384, 16384)
-    assert chunk_rows(16384, 128256, 2, Chunking(step_rows=512)) == (4096, 512)
-    assert chunk_rows(5, 32000, 2, Chunking()) == (5, 5)
+    assert Chunking().rows(32768, 64000) == (16384, 16384)
+    assert Chunking(step_rows=512).rows(16384, 256512) == (4096, 512)
+    assert Chunking().rows(5, 64000) == (5, 5)
+    assert Chunking().rows(0, 64000) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_row_in_one_pass_equals_statistics_then_gradient(backend):
+    """What vocabulary parallelism relies on: shards' statistics merge to those of the row."""
+    hidden, weight, labels = make(dtype=torch.float32)
+    logits = (hidden @ weight.t()).detach()
+    terms = ops.Terms(1e-2, 0.2, 3.0, 0.05)
+    form = ops.row_functions(backend)
+    together = logits.clone()
+    loss = form.cross_entropy_rows(together, labels, terms, True)
+    shards = [logits[:, :20].clone(), logits[:, 20:].clone()]
+    parts = [form.statistics(x, labels, terms, first) for x, first in zip(shards, (0, 20))]
+    largest, owner = torch.stack([p.largest for p in parts]).max(0)
+    lse = torch.stack([p.lse for p in parts]).logsumexp(0)
+    for rank, (x, first, part) in enumerate(zip(shards, (0, 20), parts)):
+        at = torch.where(owner == rank, part.largest_at, -1)
+        summed, target = (sum(getattr(p, name) for p in parts) for name in ("summed", "target"))
+        whole = ops.Statistics(lse, target, summed, largest, at)
+        torch.testing.assert_close(whole.loss(labels, terms, 37), loss)
+        grad = form.gradient(x, labels, whole, terms, 37, first)
+        torch.testing.assert_close(grad, together[:, first : first + x.shape[1]], rtol=1e-5, atol=1e-6)
 
 
 def test_l2_warp_changes_the_gradient_alone():
@@ -138,9 +176,34 @@ def test_custom_op_is_sound():
     hidden, weight, labels = make(dtype=torch.float32)
     torch.library.opcheck(
         torch.ops.flame.linear_cross_entropy,
-        (hidden, weight, labels, [0.0, 0.0, 0.0, 0.0], True, True, "chunked"),
+        (hidden, weight, labels, [0.0, 0.0, 0.0, 0.0], [True, True], "chunked"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+def _split_vocabulary(rank: int, ranks: int, address: str, expected) -> None:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    hidden, weight, labels = make(dtype=torch.float32)
+    first = rank * 20
+    mine = weight.detach()[first : first + 20].clone().requires_grad_()  # 20 and 17 rows
+    shard = VocabularyShard(dist.group.WORLD, first, 37)
+    terms = Terms(1e-2, 0.2, 3.0, 0.05)
+    loss = vocabulary_parallel_cross_entropy(hidden, mine, labels, shard, terms=terms, backend="chunked")
+    (loss * 0.37).backward()
+    torch.testing.assert_close(loss.detach(), expected[0])
+    torch.testing.assert_close(hidden.grad, expected[1], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(mine.grad, expected[2][first : first + 20], rtol=1e-5, atol=2e-6)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_split_vocabulary_equals_whole(tmp_path):
+    hidden, weight, labels = make(dtype=torch.float32)
+    loss = linear_cross_entropy(hidden, weight, labels, z_loss=1e-2, label_smoothing=0.2, soft_cap=3.0, l2_warp=0.05)
+    (loss * 0.37).backward()
+    expected = loss.detach(), hidden.grad, weight.grad
+    address = f"file://{tmp_path}/rendezvous"
+    mp.start_processes(_split_vocabulary, (2, address, expected), nprocs=2, start_method="fork")
 
 
 def test_misfit_is_named():

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
-from flame.kernels.cross_entropy import ops, reference
-from flame.kernels.cross_entropy.options import Terms, check_labels
+from flame.kernels.cross_entropy import ops, parallel, reference
+from flame.kernels.cross_entropy.options import Terms, check_labels, check_projection
+from flame.kernels.cross_entropy.parallel import VocabularyShard
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = [
+    "Terms",
+    "VocabularyShard",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_kl_divergence",
+    "vocabulary_parallel_cross_entropy",
+]
 
 
 def cross_entropy(
@@ -47,7 +55,7 @@ def cross_entropy(
     check_labels("cross_entropy", len(logits), labels)
     if logits.dim() != 2:
         raise FlameError(f"cross_entropy: logits must be [N, V]; got {tuple(logits.shape)}. Flatten batch and time.")
-    if select_backend(logits, backend) == "triton":
+    if _backend(logits, backend) == "triton":
         return ops.cross_entropy(_rows_in_memory(logits), labels, terms.values())[0]
     return reference.cross_entropy(logits, labels, terms)
 
@@ -78,18 +86,98 @@ def linear_cross_entropy(
         are first-order only.
     """
     terms = Terms(z_loss, label_smoothing, soft_cap, l2_warp)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
-        raise FlameError(
-            "linear_cross_entropy: hidden must be [N, D] and weight [V, D] of one dtype; got "
-            f"{tuple(hidden.shape)} {hidden.dtype} and {tuple(weight.shape)} {weight.dtype}."
-        )
+    check_projection("linear_cross_entropy", hidden, weight)
     check_labels("linear_cross_entropy", len(hidden), labels)
-    chosen = select_backend(hidden, backend)
+    chosen = _backend(hidden, backend)
     if chosen == "reference":
         return reference.linear_cross_entropy(hidden, weight, labels, terms)
+    return ops.linear_cross_entropy(hidden, weight, labels, terms.values(), _needed(hidden, weight), chosen)[0]
+
+
+def vocabulary_parallel_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: VocabularyShard,
+    *,
+    terms: Terms | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`linear_cross_entropy` with the rows of `weight` split over a process group.
+
+    Args:
+        hidden: `[N, D]`, the same tokens on every rank.
+        weight: `[V_local, D]`, this rank's rows of the output embedding.
+        labels: `[N]` in the whole vocabulary.
+        shard: the group, where this rank's rows begin, and the whole vocabulary.
+        terms: options as in `cross_entropy`.
+        backend: 'triton' or 'chunked'; default by device.
+
+    Returns:
+        fp32 scalar sum over valid tokens, the same on every rank. Gradients flow to hidden (summed over the group unless
+        the shard says otherwise) and to this rank's weight.
+
+    Raises:
+        FlameError: as `linear_cross_entropy`.
+    """
+    check_projection("vocabulary_parallel_cross_entropy", hidden, weight)
+    check_labels("vocabulary_parallel_cross_entropy", len(hidden), labels)
+    chosen = select_backend(hidden, backend, ("triton", "chunked"))
+    return parallel.linear_cross_entropy(hidden, weight, labels, shard, terms or Terms(), chosen)
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum over tokens of KL(teacher || student) of two projections' distributions, without all their logits.
+
+    Distillation (Hinton et al., arXiv 1503.02531) with the logits divided by `temperature`; multiply by temperature^2
+    yourself where gradients should keep their size.
+
+    Args:
+        hidden, weight: the student's `[N, D]` and `[V, D]`, of one dtype.
+        teacher_hidden, teacher_weight: `[N, E]` and `[V, E]`, of one dtype; they get no gradient.
+        labels: `[N]`; tokens labelled -100 are left out. None for all tokens.
+        backend: 'triton', 'chunked' or 'reference'; default by device.
+
+    Returns:
+        fp32 scalar. Gradients flow to hidden and weight.
+
+    Raises:
+        FlameError: shapes that do not fit together, a temperature that is not positive.
+    """
+    check_projection("linear_kl_divergence", hidden, weight)
+    check_projection("linear_kl_divergence (teacher)", teacher_hidden, teacher_weight)
+    if len(hidden) != len(teacher_hidden) or len(weight) != len(teacher_weight) or temperature <= 0:
+        raise FlameError(
+            "linear_kl_divergence: student and teacher need the same tokens and vocabulary, and a positive temperature; "
+            f"got {len(hidden)} and {len(teacher_hidden)} tokens, {len(weight)} and {len(teacher_weight)} words, "
+            f"temperature {temperature}."
+        )
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device) if labels is None else labels
+    check_labels("linear_kl_divergence", len(hidden), labels)
+    teacher = teacher_hidden.detach(), teacher_weight.detach()
+    chosen = _backend(hidden, backend)
+    if chosen == "reference":
+        return reference.linear_kl(hidden, weight, *teacher, labels, temperature)
+    return ops.linear_kl(hidden, weight, *teacher, labels, temperature, _needed(hidden, weight), chosen)[0]
+
+
+def _needed(hidden: Tensor, weight: Tensor) -> list[bool]:
     grad = torch.is_grad_enabled()
-    need = grad and hidden.requires_grad, grad and weight.requires_grad
-    return ops.linear_cross_entropy(hidden, weight, labels, terms.values(), *need, chosen)[0]
+    return [grad and hidden.requires_grad, grad and weight.requires_grad]
+
+
+def _backend(x: Tensor, requested: str | None) -> str:
+    """The kernels have no fp64."""
+    return "chunked" if requested is None and x.dtype == torch.float64 else select_backend(x, requested)
 
 
 def _rows_in_memory(logits: Tensor) -> Tensor:

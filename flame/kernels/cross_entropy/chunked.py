@@ -1,56 +1,60 @@
-"""Losses a few rows at a time, gradients made in the forward, in plain torch: the form for a CPU."""
+"""Row functions of the losses in plain torch: statistics and gradients of some rows of logits, on any device."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flame.kernels.cross_entropy.options import IGNORED, Terms
-
-_CHUNK_ELEMENTS = 1 << 23  # logits alive at a time
+from flame.kernels.cross_entropy.options import IGNORED, Statistics, Terms
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """How many rows of logits are made at a time."""
-    return max(1, _CHUNK_ELEMENTS // vocabulary)
+def _wide(logits: Tensor, terms: Terms) -> Tensor:
+    s = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return terms.soft_cap * torch.tanh(s / terms.soft_cap) if terms.soft_cap else s
 
 
-def loss_and_gradient(logits: Tensor, labels: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """Loss sum (at least fp32) of logits `[n, V]` and its gradient in the same wide dtype."""
-    raw = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    s = terms.soft_cap * torch.tanh(raw / terms.soft_cap) if terms.soft_cap else raw
-    valid, target = labels != IGNORED, labels.clamp(min=0).long()[:, None]
-    lse = torch.logsumexp(s, dim=-1, keepdim=True)
-    smoothing = terms.label_smoothing
-    loss = (
-        lse - (1 - smoothing) * s.gather(1, target) - smoothing * s.mean(-1, keepdim=True) + terms.z_loss * lse.square()
+def statistics(logits: Tensor, labels: Tensor, terms: Terms, first_column: int = 0) -> Statistics:
+    """Of logits `[n, V]`, whose columns begin at `first_column` of the vocabulary."""
+    s = _wide(logits, terms)
+    local = labels.long() - first_column
+    here = (labels != IGNORED) & (local >= 0) & (local < s.shape[1])
+    target = s.gather(1, local.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
+    largest, at = s.max(dim=-1)
+    return Statistics(torch.logsumexp(s, -1), torch.where(here, target, 0.0), s.sum(-1), largest, at)
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, of: Statistics, terms: Terms, vocabulary: int, first_column: int
+) -> Tensor:
+    """d loss / d logits `[n, V]` in at least fp32, given the statistics of the whole rows."""
+    s = _wide(logits, terms)
+    column = torch.arange(s.shape[1], device=s.device)
+    grad = (
+        torch.exp(s - of.lse[:, None]) * (1 + 2 * terms.z_loss * of.lse)[:, None] - terms.label_smoothing / vocabulary
     )
-    grad = torch.exp(s - lse) * (1 + 2 * terms.z_loss * lse) - smoothing / s.shape[1]
-    grad.scatter_add_(1, target, grad.new_full(target.shape, smoothing - 1))
+    grad = grad - (1 - terms.label_smoothing) * (column == (labels - first_column)[:, None])
     if terms.l2_warp:
-        largest, where = s.max(dim=-1, keepdim=True)
-        grad.scatter_add_(1, where, terms.l2_warp * largest)
+        grad = grad + terms.l2_warp * torch.where(column == of.largest_at[:, None], of.largest[:, None], 0.0)
     if terms.soft_cap:
         grad = grad * (1 - (s / terms.soft_cap).square())
-    return torch.where(valid, loss[:, 0], 0.0).sum(), torch.where(valid[:, None], grad, 0.0)
+    return torch.where((labels != IGNORED)[:, None], grad, 0.0)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, terms: Terms, need_hidden: bool, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss sum, gradient of hidden in hidden.dtype and of weight in at least fp32 (empty where not needed)."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss = hidden.new_zeros((), dtype=wide)
-    hidden_grad = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
-    weight_grad = torch.zeros_like(weight, dtype=wide) if need_weight else hidden.new_empty(0, dtype=wide)
-    size = rows_per_chunk(weight.shape[0])
-    for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        part, grad = loss_and_gradient(hidden[rows] @ weight.t(), labels[rows], terms)
-        loss += part
-        grad = grad.to(hidden.dtype)
-        if need_hidden:
-            torch.mm(grad, weight, out=hidden_grad[rows])
-        if need_weight:
-            weight_grad += grad.t() @ hidden[rows]
-    return loss, hidden_grad, weight_grad
+def cross_entropy_rows(logits: Tensor, labels: Tensor, terms: Terms, write: bool) -> Tensor:
+    """Loss of each row, and with `write` their gradients in place of the logits."""
+    of = statistics(logits, labels, terms)
+    loss = of.loss(labels, terms, logits.shape[1])
+    if write:
+        logits.copy_(gradient(logits, labels, of, terms, logits.shape[1], 0))
+    return loss
+
+
+def kl_rows(logits: Tensor, teacher: Tensor, valid: Tensor, temperature: float, write: bool) -> Tensor:
+    """KL(teacher || student) of each valid row, and with `write` its gradient in place of the student's logits."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    student, target = (F.log_softmax(x.to(wide) / temperature, dim=-1) for x in (logits, teacher))
+    loss = torch.where(valid, (target.exp() * (target - student)).sum(-1), 0.0)
+    if write:
+        logits.copy_(torch.where(valid[:, None], (student.exp() - target.exp()) / temperature, 0.0))
+    return loss

@@ -31,10 +31,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, terms: 
 
 
 def linear_kl(
-    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, temperature: float
 ) -> Tensor:
-    """Sum over tokens of KL(teacher || student) of both projections' distributions at `temperature`."""
+    """Sum over valid tokens of KL(teacher || student) of both projections' distributions at `temperature`."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     student = F.log_softmax(F.linear(hidden, weight).to(wide) / temperature, dim=-1)
     teacher = F.log_softmax(F.linear(teacher_hidden, teacher_weight).to(wide) / temperature, dim=-1)
-    return (teacher.exp() * (teacher - student)).sum()
+    each = (teacher.exp() * (teacher - student)).sum(-1)
+    return torch.where(labels != IGNORED, each, 0.0).sum()

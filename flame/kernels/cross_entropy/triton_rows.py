@@ -7,14 +7,14 @@ memory sees one read and one write of the logits. A row that fits in one tile st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flame.kernels.cross_entropy.options import Terms
+from flame.kernels.cross_entropy.options import Statistics, Terms
 
 _IGNORED = tl.constexpr(-100)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -96,7 +96,7 @@ def rows_kernel(
             tl.store(stats + index * 4 + 1, target_logit)
             tl.store(stats + index * 4 + 2, summed)
             tl.store(stats + index * 4 + 3, largest)
-            if WARP:
+            if largest_index is not None and WARP:
                 tl.store(largest_index + index, largest_at)
     else:
         lse = tl.load(stats + index * 4)
@@ -160,6 +160,42 @@ def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> No
         SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, ONE_TILE=tile.block >= V, BLOCK=tile.block,
         num_warps=tile.warps,
     )  # fmt: skip
+
+
+def cross_entropy_rows(logits: Tensor, labels: Tensor, terms: Terms, write: bool) -> Tensor:
+    """Loss of each row (fp32), and with `write` their gradients in place of the logits."""
+    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    stats = None if write else logits.new_empty(len(logits), 4, dtype=torch.float32)
+    launch(Rows(logits, labels, out=logits if write else None, loss=loss, stats=stats), terms, scan=True)
+    return loss
+
+
+def statistics(logits: Tensor, labels: Tensor, terms: Terms, first_column: int = 0) -> Statistics:
+    """Of logits `[n, V]`, whose columns begin at `first_column` of the vocabulary."""
+    stats = logits.new_empty(len(logits), 4, dtype=torch.float32)
+    largest = torch.full_like(labels, -1, dtype=torch.int32)
+    launch(Rows(logits, labels, stats=stats, largest=largest, first_column=first_column), terms, scan=True)
+    return Statistics(*stats.unbind(1), largest)
+
+
+def gradient(
+    logits: Tensor, labels: Tensor, of: Statistics, terms: Terms, vocabulary: int, first_column: int
+) -> Tensor:
+    """d loss / d logits in place of the logits, given the statistics of the whole rows."""
+    rows = Rows(logits, labels, logits, stats=_packed(of), largest=of.largest_at.to(torch.int32))
+    launch(replace(rows, first_column=first_column, vocabulary=vocabulary), terms, scan=False)
+    return logits
+
+
+def gradient_from(logits: Tensor, labels: Tensor, of: Statistics, terms: Terms, out: Tensor, factor: Tensor) -> Tensor:
+    """factor * d loss / d logits into `out`, leaving the logits as they are; factor is a scalar on the device."""
+    stats = _packed(of)
+    launch(Rows(logits, labels, out, stats=stats, largest=of.largest_at, factor=factor), terms, scan=False)
+    return out
+
+
+def _packed(of: Statistics) -> Tensor:
+    return torch.stack([of.lse, of.target, of.summed, of.largest], dim=1)
 
 
 @triton.jit

@@ -1,0 +1,90 @@
+"""A loss of projected tokens without all their logits: three matrix products over few large chunks, on any device.
+
+Per chunk of tokens: logits = hidden @ weight.T into one buffer that is allocated once; the loss's own row function turns
+them into gradients in place; then d hidden = dlogits @ weight and d weight += dlogits.T @ hidden, accumulated in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MakeGradient = Callable[[Tensor, slice], None]  # (logits [n, V] of these tokens, in place; which tokens)
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """Sizes of one run: bytes of logits alive, and tokens a step of logits and gradients (at most a chunk).
+
+    d weight is accumulated once a chunk: a chunk costs a read and a write of its fp32 form. Within a chunk, steps small
+    enough for the L2 cache (50 MB on Hopper) let the row function find the logits there.
+    """
+
+    bytes: int = 1 << 30
+    step_rows: int = 0  # 0: the whole chunk
+    multiple: int = 128  # of rows in a chunk: a tile of the matrix product
+
+    def rows(self, tokens: int, row_bytes: int) -> tuple[int, int]:
+        """Tokens a chunk and a step, for `tokens` in all: even chunks, whole tiles."""
+        most = max(self.multiple, self.bytes // row_bytes // self.multiple * self.multiple)
+        count = max(1, -(-tokens // most))
+        chunk = max(1, min(tokens, -(-tokens // (count * self.multiple)) * self.multiple))
+        return chunk, min(self.step_rows or chunk, chunk)
+
+
+def default_chunking(hidden: Tensor) -> Chunking:
+    """The measured choice for a GPU; little memory on a CPU."""
+    return Chunking() if hidden.is_cuda else Chunking(bytes=1 << 25)
+
+
+def through_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    make_gradient: MakeGradient,
+    need_hidden: bool,
+    need_weight: bool,
+    chunking: Chunking,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden `[N, D]`, in its dtype, and of weight `[V, D]`, in at least fp32; empty where not needed."""
+    N, V = len(hidden), len(weight)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    hidden_grad = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    weight_grad = hidden.new_empty(weight.shape if need_weight else (0,), dtype=wide)
+    chunk, step = chunking.rows(N, V * hidden.element_size())
+    buffer = padded_logits(chunk, V, hidden)
+    for start in range(0, N, chunk):
+        end = min(start + chunk, N)
+        for at in range(start, end, step):
+            rows = slice(at, min(at + step, end))
+            logits = buffer[at - start : rows.stop - start]
+            torch.mm(hidden[rows], weight.t(), out=logits)
+            make_gradient(logits, rows)
+            if need_hidden:
+                torch.mm(logits, weight, out=hidden_grad[rows])
+        if need_weight:
+            add_product(weight_grad, buffer[: end - start].t(), hidden[start:end], first=start == 0)
+    if N == 0:
+        weight_grad.zero_()
+    return hidden_grad, weight_grad
+
+
+def padded_logits(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """`[rows, V]` uninitialised, rows 128 bytes aligned so that any V suits the tensor cores' loads."""
+    stride = -(-vocabulary // 64) * 64
+    return like.new_empty(rows, stride)[:, :vocabulary]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (fp32) = a @ b, or += a @ b; bf16 operands, fp32 in between and in memory."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif not a.is_cuda:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+    elif first:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
