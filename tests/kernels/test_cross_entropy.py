@@ -203,7 +203,7 @@ def test_split_vocabulary_equals_whole(tmp_path):
     (loss * 0.37).backward()
     expected = loss.detach(), hidden.grad, weight.grad
     address = f"file://{tmp_path}/rendezvous"
-    mp.start_processes(_split_vocabulary, (2, address, expected), nprocs=2, start_method="fork")
+    mp.start_processes(_split_vocabulary, (2, address, expected), nprocs=2, start_method="spawn")
 
 
 def test_misfit_is_named():

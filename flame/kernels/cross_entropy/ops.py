@@ -39,7 +39,7 @@ def linear_cross_entropy(
     def make_gradient(logits: Tensor, rows: slice) -> None:
         losses[rows] = form.cross_entropy_rows(logits, labels[rows], Terms(*terms), write)
 
-    grads = through_logits(hidden, weight, make_gradient, *needed, default_chunking(hidden))
+    grads = through_logits(hidden, weight, make_gradient, needed[0], needed[1], default_chunking(hidden))
     return losses.sum(), *grads
 
 
@@ -109,7 +109,7 @@ def linear_kl(
         torch.mm(teacher_hidden[rows], teacher_weight.t(), out=teacher)
         losses[rows] = kl_rows(logits, teacher, labels[rows] != IGNORED, temperature, any(needed))
 
-    grads = through_logits(hidden, weight, make_gradient, *needed, chunking)
+    grads = through_logits(hidden, weight, make_gradient, needed[0], needed[1], chunking)
     return losses.sum(), *grads
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flame.kernels.cross_entropy.linear import default_chunking, through_logits
+from flame.kernels.cross_entropy.linear import Chunking, default_chunking, through_logits
 from flame.kernels.cross_entropy.ops import row_functions, scaled
 from flame.kernels.cross_entropy.options import Statistics, Terms
 
@@ -36,9 +36,9 @@ class VocabularyShard:
 def merged(mine: Statistics, group: dist.ProcessGroup) -> Statistics:
     """Statistics of whole rows from every rank's shard; largest_at stays only on the first rank that has the max."""
     packed = torch.stack([mine.lse, mine.target, mine.summed, mine.largest])  # [4, n]
-    gathered = packed.new_empty(dist.get_world_size(group), *packed.shape)
-    dist.all_gather_into_tensor(gathered, packed, group=group)
-    lse, target, summed, largest = gathered.unbind(1)  # [ranks, n] each
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, packed, group=group)
+    lse, target, summed, largest = torch.stack(gathered, dim=1)  # [ranks, n] each
     top, owner = largest.max(dim=0)
     at = torch.where(owner == dist.get_rank(group), mine.largest_at, -1)
     return Statistics(torch.logsumexp(lse, dim=0), target.sum(0), summed.sum(0), top, at)
@@ -56,7 +56,7 @@ class _VocabularyParallel(torch.autograd.Function):
             loss = _rows(form, logits, labels[rows], shard, terms, need_hidden or need_weight)
             losses.append(loss.sum())
 
-        chunking = default_chunking(hidden)
+        chunking = _same_on_all_ranks(hidden, shard)
         hidden_grad, weight_grad = through_logits(hidden, weight, make_gradient, need_hidden, need_weight, chunking)
         if need_hidden and shard.reduce_hidden:
             dist.all_reduce(hidden_grad, group=shard.group)
@@ -71,6 +71,13 @@ class _VocabularyParallel(torch.autograd.Function):
         dh = scaled(hidden_grad, grads[0], hidden_grad.dtype, ctx.backend) if need_hidden else None
         dw = scaled(weight_grad, grads[0], ctx.weight_dtype, ctx.backend) if need_weight else None
         return dh, dw, None, None, None, None
+
+
+def _same_on_all_ranks(hidden: Tensor, shard: VocabularyShard) -> Chunking:
+    """Chunks by the mean shard, since every chunk is a meeting and shards may be uneven."""
+    columns = -(-shard.vocabulary // dist.get_world_size(shard.group))
+    rows, _ = default_chunking(hidden).rows(len(hidden), columns * hidden.element_size())
+    return Chunking(bytes=0, multiple=rows)
 
 
 def _rows(
