@@ -55,3 +55,39 @@ def test_misfit_is_named():
         softmax_attention(q, k, v, window=0)
     with pytest.raises(FlameError, match="at least as many"):
         softmax_attention(q, k[:, :5], v[:, :5])
+
+
+def test_library_plain_form_equals_definition():
+    inputs = make(B=2, Hk=2, Hv=2)
+    torch.testing.assert_close(softmax_attention(*inputs, backend="library"), softmax_attention(*inputs))
+    q, k, v = inputs
+    last = softmax_attention(q[:, -1:], k, v, backend="library")
+    torch.testing.assert_close(last, softmax_attention(*inputs)[:, -1:])
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("packed", [False, True])
+def test_library_hands_varlen_the_same_problem(window, packed, monkeypatch):
+    """varlen_attn needs a GPU; a stand-in of the same signature proves the boundaries, windows, heads and padding."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        left, right = window_size
+        assert right == 0
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        parts = []
+        for i in range(len(cu_q) - 1):
+            mine, theirs = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+            assert mine.stop - mine.start <= max_q
+            assert theirs.stop - theirs.start <= max_k
+            w = None if left < 0 else left + 1
+            parts.append(chunked.softmax_attention(q[None, mine], k[None, theirs], v[None, theirs], scale, w, None)[0])
+        return torch.cat(parts)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    cu = PACKED if packed else None
+    q, k, v = make(B=1 if packed else 2, Hk=2, Hv=2, D=8, Dv=5)
+    queries = q if packed else q[:, -3:]  # a chunk on a longer cache
+    got = softmax_attention(queries, k, v, window=window, cu_seqlens=cu, backend="library")
+    want = softmax_attention(queries, k, v, window=window, cu_seqlens=cu, backend="reference")
+    torch.testing.assert_close(got, want)

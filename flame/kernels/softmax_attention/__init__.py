@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
-from flame.kernels.softmax_attention import chunked, reference
+from flame.kernels.softmax_attention import chunked, library, reference
 
 __all__ = ["softmax_attention"]
 
@@ -31,7 +33,8 @@ def softmax_attention(
         scale: of the scores; Dqk^-0.5 by default.
         window: query i sees keys i - window + 1 .. i; None for all.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); none sees another.
-        backend: 'chunked' or 'reference'; default by device.
+        backend: 'library' (torch's fast kernels, the default on a GPU where they can), 'chunked' (any device; with
+            cu_seqlens it waits for the device) or 'reference'.
 
     Returns:
         `[B, Tq, H, Dv]` in q.dtype, softmax in fp32. Gradients flow to q, k and v.
@@ -41,7 +44,11 @@ def softmax_attention(
     """
     _check(q, k, v, window, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
+    if backend is None and q.is_cuda and "FLAME_BACKEND" not in os.environ:
+        fast = library.supports(q, k, v, window, cu_seqlens)
+        return (library if fast else chunked).softmax_attention(q, k, v, scale, window, cu_seqlens)
+    chosen = select_backend(q, backend, ("chunked", "reference", "library"))
+    form = {"chunked": chunked, "reference": reference, "library": library}[chosen]
     return form.softmax_attention(q, k, v, scale, window, cu_seqlens)
 
 
