@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from flame.errors import FlameError
 from flame.kernels.cross_entropy import (
@@ -179,6 +180,26 @@ def test_custom_op_is_sound():
         (hidden, weight, labels, [0.0, 0.0, 0.0, 0.0], [True, True], "chunked"),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+def test_flops_are_three_products():
+    hidden, weight, labels = make(dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, labels).backward()
+    assert counter.get_total_flops() == 6 * 13 * 8 * 37
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_compiles_without_graph_breaks(backend):
+    hidden, weight, labels = make(dtype=torch.float32)
+
+    def loss(h, w):
+        return linear_cross_entropy(h * 1.5, w, labels, backend=backend)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    for a, b in zip(torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected):
+        torch.testing.assert_close(a, b)
 
 
 def _split_vocabulary(rank: int, ranks: int, address: str, expected) -> None:

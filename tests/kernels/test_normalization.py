@@ -104,6 +104,19 @@ def test_weight_gradient_over_many_programs_is_repeatable():
     torch.testing.assert_close(grads[0], torch.autograd.grad(rms_norm(x, w, backend="reference").sum(), w)[0])
 
 
+def test_kernel_compiles_without_graph_breaks():
+    x, r, w = (t.requires_grad_() for t in (torch.randn(3, 7, 12), torch.randn(3, 7, 12), torch.randn(12)))
+
+    def both(x, r, w):
+        y, total = rms_norm(x, w, 1e-5, r, backend="triton")
+        return gated_rms_norm(y, total, w, backend="triton").square().sum()
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(both(x, r, w), (x, r, w))
+    for a, b in zip(torch.autograd.grad(compiled(x, r, w), (x, r, w)), expected):
+        torch.testing.assert_close(a, b)
+
+
 def test_misfit_is_named():
     x = torch.randn(2, 8)
     with pytest.raises(FlameError, match="groups"):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from flame.errors import FlameError
-from flame.kernels.short_convolution import short_convolution
+from flame.kernels.short_convolution import short_convolution, triton_ops  # noqa: F401 - registers the kernels' op
 
 BACKENDS = ["chunked", "triton"]
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor")
 PACKED = torch.tensor([0, 1, 3, 3, 10, 23], dtype=torch.int32)
 
 
@@ -71,6 +72,23 @@ def test_prefill_then_steps_equals_whole(backend):
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     torch.testing.assert_close(state, last)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernel_is_a_sound_op_and_compiles(packed):
+    inputs = make(packed, dtype=torch.float32)
+    cu = PACKED if packed else None
+    arguments = (inputs["x"], inputs["weight"], None, inputs["initial_state"], cu, True)
+    torch.library.opcheck(torch.ops.flame.short_convolution, arguments, test_utils=OPCHECK)
+
+    def call(x, weight):
+        return short_convolution(x * 2, weight, activation="silu", cu_seqlens=cu, backend="triton")[0].square().sum()
+
+    leaves = inputs["x"], inputs["weight"]
+    expected = torch.autograd.grad(call(*leaves), leaves)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected):
+        torch.testing.assert_close(a, b)
 
 
 def test_misfit_is_named():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels.cross_entropy import chunked
 from flame.kernels.cross_entropy.linear import default_chunking, padded_logits, through_logits
@@ -82,6 +83,14 @@ def _backward_linear(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | 
 
 
 linear_cross_entropy.register_autograd(_backward_linear, setup_context=_save_linear)
+
+
+@register_flop_formula(torch.ops.flame.linear_cross_entropy)
+def _flops(
+    hidden: list[int], weight: list[int], labels: Any, terms: Any, needed: list[bool], *_: Any, **__: Any
+) -> int:
+    """Logits, and one product of the same size for each gradient."""
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + sum(needed))
 
 
 @torch.library.custom_op("flame::linear_kl", mutates_args=())
