@@ -53,10 +53,13 @@ def positions_in_sequences(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Ten
 def final_state(x: Tensor, width: int, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The last `width` raw inputs of every sequence, newest last, older ones from the state: `[N, C, width]`."""
     if cu_seqlens is None:
-        before = x.new_zeros(x.shape[0], width, x.shape[2])
-        if initial_state is not None:
-            before = initial_state.transpose(1, 2).to(x.dtype)
-        return torch.cat([before, x], dim=1)[:, -width:].transpose(1, 2)
+        last = x[:, -width:].transpose(1, 2)  # [B, C, up to W]
+        missing = width - last.shape[2]
+        if missing == 0:
+            return last.contiguous()  # not a view, which would keep all of x alive
+        if initial_state is None:
+            return F.pad(last, (missing, 0))
+        return torch.cat([initial_state[..., -missing:].to(x.dtype), last], dim=2)
     slot = torch.arange(width, device=x.device)
     position = cu_seqlens.diff()[:, None] - width + slot  # [N, W], negative before the sequence
     inputs = x[0][(cu_seqlens[:-1, None] + position).clamp(0, x.shape[1] - 1)]  # [N, W, C]

@@ -26,7 +26,7 @@ def token_shift(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> T
 def final_state(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """The last token of every sequence, `[N, C]`; an empty sequence keeps its state."""
     if cu_seqlens is None:
-        return x[:, -1]
+        return x[:, -1].clone()  # not a view, which would keep all of x alive
     last = x[0][(cu_seqlens[1:] - 1).clamp(min=0)]
     before = x.new_zeros(()) if state is None else state.to(x.dtype)
     return torch.where((cu_seqlens.diff() > 0)[:, None], last, before)
