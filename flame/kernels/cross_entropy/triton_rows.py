@@ -27,11 +27,13 @@ def _capped(x, soft_cap):
 
 
 @triton.jit
-def _logits(row, column, V, soft_cap, CAP: tl.constexpr):
-    """One tile of a row in fp32, -inf past its end."""
-    s = tl.load(row + column, mask=column < V, other=float("-inf")).to(tl.float32)
+def _logits(row, column, V, V_padded, soft_cap, CAP: tl.constexpr, EVEN: tl.constexpr):
+    """One tile of a row in fp32, -inf past its end. V_padded, a multiple of 16, keeps the loads wide for any V."""
+    s = tl.load(row + column, mask=column < V_padded, other=float("-inf")).to(tl.float32)
     if CAP:
-        s = tl.where(column < V, _capped(s, soft_cap), float("-inf"))
+        s = _capped(s, soft_cap)
+    if CAP or not EVEN:
+        s = tl.where(column < V, s, float("-inf"))
     return s
 
 
@@ -51,10 +53,10 @@ def _gradient(s, column, target, largest_at, lse, largest, factor, confidence, e
 @triton.jit(do_not_specialize=["first_column"])
 def rows_kernel(
     logits, out, labels, loss, stats, largest_index, factor_ptr,
-    logits_stride, out_stride, V, V_total, first_column,
+    logits_stride, out_stride, V, V_padded, V_total, first_column,
     confidence, even, z_loss, l2_warp, soft_cap,
     SCAN: tl.constexpr, WRITE: tl.constexpr, LOSS: tl.constexpr, CAP: tl.constexpr, SUM: tl.constexpr,
-    WARP: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    WARP: tl.constexpr, EVEN: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row. SCAN makes stats (lse, target logit, sum, max), else they are read; LOSS and WRITE say what is stored."""
     index = tl.program_id(0).to(tl.int64)
@@ -76,7 +78,7 @@ def rows_kernel(
         summed = 0.0
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, BLOCK if ONE_TILE else V, BLOCK):
-            s = _logits(row, start + column, V, soft_cap, CAP)
+            s = _logits(row, start + column, V, V_padded, soft_cap, CAP, EVEN)
             tile_largest = tl.max(s, axis=0)
             if WARP:
                 at = tl.min(tl.where(s == tile_largest, start + column, V), axis=0)
@@ -109,11 +111,11 @@ def rows_kernel(
             factor = tl.load(factor_ptr).to(tl.float32)
         for start in range(0, BLOCK if ONE_TILE else V, BLOCK):
             if not (ONE_TILE and SCAN):
-                s = _logits(row, start + column, V, soft_cap, CAP)
+                s = _logits(row, start + column, V, V_padded, soft_cap, CAP, EVEN)
             grad = _gradient(s, start + column, target, largest_at, lse, largest, factor, confidence, even, z_loss,
                              l2_warp, soft_cap, CAP, WARP)  # fmt: skip
             grad = tl.where(valid, grad, 0.0).to(out.dtype.element_ty)
-            tl.store(out + index * out_stride + start + column, grad, mask=start + column < V)
+            tl.store(out + index * out_stride + start + column, grad, mask=start + column < V_padded)
 
 
 @dataclass(frozen=True)
@@ -146,18 +148,27 @@ class Rows:
     vocabulary: int | None = None  # of all shards
 
 
+def padded_columns(logits: Tensor) -> int:
+    """V rounded up to 16 if that many columns of every row are memory of their own, else V."""
+    n, V = logits.shape
+    wide = -(-V // 16) * 16
+    end = (logits.storage_offset() + n * logits.stride(0)) * logits.element_size()
+    return wide if wide <= logits.stride(0) and end <= logits.untyped_storage().nbytes() else V
+
+
 def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> None:
     """Run the kernel over all rows."""
     n, V = rows.logits.shape
     tile = tile or default_tile(V)
     total = rows.vocabulary or V
     out = rows.out if rows.out is not None else rows.logits
+    padded = padded_columns(rows.logits) if out is rows.logits else V
     rows_kernel[(n,)](
         rows.logits, out, rows.labels, rows.loss, rows.stats, rows.largest, rows.factor,
-        rows.logits.stride(0), out.stride(0), V, total, rows.first_column,
+        rows.logits.stride(0), out.stride(0), V, padded, total, rows.first_column,
         1.0 - terms.label_smoothing, terms.label_smoothing / total, terms.z_loss, terms.l2_warp, terms.soft_cap,
         SCAN=scan, WRITE=rows.out is not None, LOSS=rows.loss is not None, CAP=terms.soft_cap > 0,
-        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, ONE_TILE=tile.block >= V, BLOCK=tile.block,
+        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, EVEN=padded == V, ONE_TILE=tile.block >= V, BLOCK=tile.block,
         num_warps=tile.warps,
     )  # fmt: skip
 
