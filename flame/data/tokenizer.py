@@ -109,7 +109,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of one text; bos and eos only when asked for."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.require_bos()] * bos + ids + [self.require_eos()] * eos
+        return ([self.require_bos()] if bos else []) + ids + ([self.require_eos()] if eos else [])
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
         """Ids of many texts, int32, without bos and eos. Faster than one at a time."""

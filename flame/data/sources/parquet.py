@@ -62,12 +62,16 @@ class ParquetFiles(Source):
             return
         texts = self._column(number, group, row, rows)
         for index in shuffled_range(rows, start, shuffle_key):
-            if not self.part.whole and combine(self._file_keys[number], first + index) not in self.part:
+            if not self.part.whole and self.key(unit, index) not in self.part:
                 yield ""  # keeps the count of documents read equal to the position in the unit
                 continue
             text = texts[index].as_py()
             where = f"{self._files[number]}: row {first + index + 1}"
             yield Malformed(f"{where}: no text in column {self._text_key!r}") if text is None else text
+
+    def key(self, unit: int, index: int) -> int:
+        number, _, _, _, first = (int(value) for value in self._units[unit])
+        return combine(self._file_keys[number], first + index)
 
     def _column(self, number: int, group: int, row: int, rows: int) -> Any:
         """The text column of `rows` rows from `row` on, of one row group."""
