@@ -1,7 +1,7 @@
 """Streaming data: sources, tokenizing, token-weighted mixtures, packing, virtual shards, loader."""
 
 from flame.data.batch import Batch
-from flame.data.build import open_recipe
+from flame.data.build import build_loader, build_validation_loader, load_tokenizer, open_recipe
 from flame.data.loader import Loader
 from flame.data.settings import DataSettings, PackingSettings, RankSettings, SourceSettings, WorkerSettings
 from flame.data.tokenizer import Tokenizer
@@ -17,5 +17,8 @@ __all__ = [
     "Tokenizer",
     "ValidationLoader",
     "WorkerSettings",
+    "build_loader",
+    "build_validation_loader",
+    "load_tokenizer",
     "open_recipe",
 ]

@@ -16,7 +16,8 @@ class SourceSettings:
     """One data source of a mixture.
 
     Args:
-        path: `stdlib`, a file, a folder, a glob, or a Hugging Face dataset (name, or local folder).
+        path: `stdlib`, a file, a folder (all its Parquet files, else JSONL, else text), a glob, or a Hugging Face
+            dataset (name, or local folder).
         name: label in metrics and checkpoints; made from the path when empty.
         weight: share of the mixture, in tokens, relative to the other sources.
         kind: one of `SOURCE_KINDS`; `auto` decides by the path.
@@ -39,6 +40,8 @@ class SourceSettings:
     streaming: bool = False
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("a data source has no path; give a file, folder, glob, dataset name or 'stdlib'.")
         if self.kind not in SOURCE_KINDS:
             raise ConfigError(f"data source {self.path!r}: kind is {self.kind!r}, expected one of {SOURCE_KINDS}.")
         if not self.weight >= 0:

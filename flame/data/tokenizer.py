@@ -109,7 +109,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of one text; bos and eos only when asked for."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.require_bos()] * bos + ids + [self.require_eos()] * eos
+        return ([self.require_bos()] if bos else []) + ids + ([self.require_eos()] if eos else [])
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
         """Ids of many texts, int32, without bos and eos. Faster than one at a time."""
@@ -153,8 +153,9 @@ class Tokenizer:
         self.backend.save(str(folder / "tokenizer.json"))
         special = {f"{kind}_token": self._token(getattr(self, f"{kind}_id")) for kind in ("bos", "eos", "pad")}
         special = {name: token for name, token in special.items() if token is not None}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config = {**config, **special, **self.config}
+        named = "tokenizer_class" in self.config
+        made = {} if named else {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {**made, **special, **self.config}
         _write_json(folder / "tokenizer_config.json", config)
         _write_json(folder / "special_tokens_map.json", special)
 

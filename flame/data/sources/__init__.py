@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -83,15 +84,16 @@ def source_names(settings: tuple[SourceSettings, ...]) -> list[str]:
 def _local_paths(settings: SourceSettings) -> list[str]:
     """Paths of local files: `path` itself, or `data_files` with `path` as their folder or builder name."""
     if settings.data_files is None:
-        return [settings.path]
+        return [os.path.join(settings.path, settings.data_dir) if settings.data_dir else settings.path]
     files = [settings.data_files] if isinstance(settings.data_files, str) else list(settings.data_files)
-    folder = Path(settings.path).expanduser()
+    folder = Path(settings.path, settings.data_dir or "").expanduser()
     if settings.path in _BUILDERS or not folder.is_dir():
         return files
     return [str(folder / file) for file in files]
 
 
 def _kind(settings: SourceSettings) -> str:
+    """What a source is. Files are read by flame itself unless a subset, a split or a stream is asked for."""
     if settings.kind != "auto":
         return settings.kind
     if settings.path == STDLIB:
@@ -101,7 +103,7 @@ def _kind(settings: SourceSettings) -> str:
     place = Path(settings.path).expanduser()
     if place.is_dir() and read_metadata(place) is not None:
         return "pretokenized"
-    if settings.streaming or is_saved_dataset(place):
+    if settings.streaming or settings.subset or settings.split != "train" or is_saved_dataset(place):
         return "huggingface"
     kind = guess_kind(settings.path)
     if kind is not None:

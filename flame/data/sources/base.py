@@ -72,6 +72,10 @@ class Source(ABC):
         """The documents of a unit from the `start`-th on, in an order decided by `shuffle_key` (None: as stored)."""
 
     @abstractmethod
+    def key(self, unit: int, index: int) -> int:
+        """A 64-bit name of the unit's `index`-th stored document that stays when documents are added to the source."""
+
+    @abstractmethod
     def restrict(self, part: Part) -> Source:
         """The same source, reading only one part of its documents.
 
@@ -84,6 +88,7 @@ class IndexedSource(Source):
     """A source whose documents can each be read at random: one document a unit."""
 
     _selected: npt.NDArray[np.int64] | None = None
+    _known_keys: npt.NDArray[np.uint64] | None = None
 
     @abstractmethod
     def document(self, index: int) -> Document:
@@ -91,11 +96,16 @@ class IndexedSource(Source):
 
     @abstractmethod
     def keys(self) -> npt.NDArray[np.uint64]:
-        """A key of every document that stays the same when documents are added to the source."""
+        """The key of every document of the whole source."""
 
     def read(self, unit: int, start: int, shuffle_key: int | None) -> Iterator[Document]:
         if start == 0:
             yield self.document(unit if self._selected is None else int(self._selected[unit]))
+
+    def key(self, unit: int, index: int) -> int:
+        if self._known_keys is None:
+            self._known_keys = self.keys()
+        return int(self._known_keys[unit if self._selected is None else self._selected[unit]])
 
     def restrict(self, part: Part) -> Source:
         if part.whole:

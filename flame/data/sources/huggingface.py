@@ -72,14 +72,18 @@ class StreamedDataset(Source):
         stream = self._dataset.shard(num_shards=self._files, index=file) if self._files > 1 else self._dataset
         first = skip * self._slices + share
         for count, row in enumerate(itertools.islice(stream.skip(first), 0, None, self._slices)):
-            number = first + count * self._slices
             text = row.get(self._text_key)
-            if not self.part.whole and combine(hash_text(f"{file}"), number) not in self.part:
+            if not self.part.whole and self.key(unit, skip + count) not in self.part:
                 yield ""
             elif isinstance(text, str):
                 yield text
             else:
-                yield Malformed(f"dataset {self.name}: file {file}, row {number}: no text under {self._text_key!r}")
+                place = f"file {file}, row {first + count * self._slices}"
+                yield Malformed(f"dataset {self.name}: {place}: no text under key {self._text_key!r}")
+
+    def key(self, unit: int, index: int) -> int:
+        file, share = divmod(unit, self._slices)
+        return combine(hash_text(f"file {file}"), index * self._slices + share)
 
     def restrict(self, part: Part) -> Source:
         self.part = part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,13 @@ import numpy.typing as npt
 from flame.data.permutation import hash_text
 from flame.errors import DataError
 
+# In this order a folder's kind is told: one with Parquet files and a README.md holds Parquet.
 SUFFIXES = {
-    "text": (".txt", ".text", ".md", ".py", ".rst"),
-    "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
     "parquet": (".parquet",),
+    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst"),
+    "text": (".txt", ".text", ".md", ".py", ".rst"),
 }
+_JSON = (".json", ".json.gz", ".json.zst")  # read as JSONL when named, not looked for in folders
 
 
 def find_files(path: str, kind: str) -> list[Path]:
@@ -46,25 +49,18 @@ def find_files(path: str, kind: str) -> list[Path]:
 
 def guess_kind(path: str) -> str | None:
     """The kind of local file that a path, glob or folder stands for; None when it names no known kind."""
-    for kind, suffixes in SUFFIXES.items():
-        if path.endswith(suffixes):
-            return kind
+    if path.endswith(_JSON):
+        return "jsonl"
     place = Path(path).expanduser()
-    if place.is_file():
-        return "text"
-    names = glob.iglob(str(place), recursive=True) if glob.has_magic(path) else _names_below(place)
-    for name in names:
-        for kind, suffixes in SUFFIXES.items():
-            if str(name).endswith(suffixes):
-                return kind
-    return None
-
-
-def _names_below(place: Path) -> Iterator[str]:
+    names = [path]
     if place.is_dir():
-        for folder, folders, names in os.walk(place):
-            folders.sort()
-            yield from (os.path.join(folder, name) for name in sorted(names))
+        names = [name for _, _, files in os.walk(place) for name in files]
+    elif glob.has_magic(path):
+        names += glob.glob(str(place), recursive=True)
+    for kind, suffixes in SUFFIXES.items():
+        if any(name.endswith(suffixes) for name in names):
+            return kind
+    return "text" if place.is_file() else None
 
 
 def relative_names(files: Sequence[Path]) -> list[str]:
@@ -91,7 +87,7 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_name(target.name + ".lock")):
+    with locked(target.with_name(target.name + ".lock")):
         if not target.exists():
             temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
             try:
@@ -103,8 +99,8 @@ def make_once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    import fcntl
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file; other processes that want it wait."""
 
     with open(file, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
