@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # float16 is left out: without loss scaling its gradients underflow.
 Precision = Literal["bfloat16", "float32"]
@@ -117,7 +117,7 @@ class Training:
 
     dataset: list[str] | None = None
     """Path or Hugging Face name; several, separated by commas, make a mixture. Absent, and without `sources`, it is
-    `stdlib`. See Source.path."""
+    `stdlib`. See `path` of [[training.sources]]."""
 
     dataset_name: list[str] | None = None
     """Configuration names of the datasets, in their order; an empty one stands for none."""

@@ -61,8 +61,8 @@ class Retired:
         return any(option is ANYTHING or (type(option) is type(value) and option == value) for option in self.harmless)
 
 
-_OFF = (False, "", "none", "None", 0)
-_EMPTY = (*_OFF, [])
+_OFF: tuple[Any, ...] = (False, "", "none", "None", 0)
+_EMPTY: tuple[Any, ...] = (*_OFF, [])
 _REMOVE = "it does nothing; remove the line"
 _NO_FP8 = "training in float8 is not available"
 _NO_FT = "use torchrun's restarts; a restarted run resumes from its newest checkpoint"
@@ -104,7 +104,6 @@ RETIRED = {
     "checkpoint.initial_load_in_hf_quantized": Retired(_OFF, "quantized weights cannot be loaded"),
     "checkpoint.load_only": Retired(_OFF, "to load without saving, use checkpoint.initial_load_path"),
     "checkpoint.enable_ft_dataloader_checkpoints": Retired((ANYTHING,), _REMOVE),
-    "activation_checkpoint.*": Retired((ANYTHING,), _REMOVE),
     "activation_offload.*": Retired(_OFF, "activations cannot be offloaded; use activation_checkpoint.mode"),
     "compile.components": Retired((ANYTHING,), "blocks are compiled and the loss has its own kernel; remove the line"),
     "float8.*": Retired(_OFF, _NO_FP8),
@@ -131,6 +130,17 @@ RETIRED = {
     "experimental.custom_import": Retired(_OFF, "add a mixer file to flame/models/mixers instead"),
     "experimental.custom_args_module": Retired(_OFF, "sections are fixed; remove the line"),
 }
+
+for _key in (
+    "per_op_sac_force_recompute_mm_shapes_by_fqns",
+    "early_stop",
+    "memory_budget",
+    "visualize_memory_budget_pareto",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+):
+    RETIRED[f"activation_checkpoint.{_key}"] = Retired((ANYTHING,), _REMOVE)
 
 
 def retired(key: str) -> Retired | None:

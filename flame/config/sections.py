@@ -33,6 +33,7 @@ class Model:
 
     Besides the keys below, this section takes the model's own keys: `model_type`, `hidden_size`, `num_hidden_layers`
     and so on, as they stand in a Hugging Face config.json. With `config` given too, they override single keys of that file.
+    A model without a `vocab_size` takes the tokenizer's, rounded up to a multiple of 64.
     """
 
     config: str | None = None
