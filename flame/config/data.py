@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-Precision = Literal["bfloat16", "float16", "float32"]
+# float16 is left out: without loss scaling its gradients underflow.
+Precision = Literal["bfloat16", "float32"]
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Dataloader:
 class Source:
     """One entry of a mixture, written as a [[training.sources]] table."""
 
-    path: str = ""
+    path: str
     """`stdlib` (the source text of Python's standard library, always present), a file, a folder, a glob, or a Hugging
     Face dataset."""
 
@@ -69,7 +70,8 @@ class Training:
     """Batch, length, precision and data."""
 
     local_batch_size: int = 8
-    """Sequences per data-parallel rank and micro-batch. With `varlen` it is 1 and `seq_len` is the packed length."""
+    """Sequences per data-parallel rank and micro-batch. With `varlen` they are laid end to end in one row of
+    local_batch_size x seq_len tokens; 1, with a long seq_len, cuts the fewest documents."""
 
     global_batch_size: int = -1
     """Sequences per step over all ranks; -1 means local_batch_size x data-parallel ranks x
@@ -79,7 +81,7 @@ class Training:
     """Micro-batches per step and rank. Absent, it follows from global_batch_size, or is 1."""
 
     seq_len: int = 2048
-    """Tokens per sequence; with `varlen`, tokens of the packed row."""
+    """Tokens per sequence; with `varlen`, the length into which documents are packed."""
 
     varlen: bool = False
     """Pack documents so that they do not see each other: no attention, state or convolution crosses a document's
@@ -115,7 +117,7 @@ class Training:
 
     dataset: list[str] | None = None
     """Path or Hugging Face name; several, separated by commas, make a mixture. Absent, and without `sources`, it is
-    `stdlib`. See Source.path."""
+    `stdlib`. See `path` of [[training.sources]]."""
 
     dataset_name: list[str] | None = None
     """Configuration names of the datasets, in their order; an empty one stands for none."""
@@ -210,21 +212,17 @@ class Validation:
 def flat_mixture(section: Training | Validation) -> list[Source]:
     """Sources from the flat, comma-separated keys of a section."""
     paths = section.dataset or ["stdlib"]
-    columns = {
-        "subset": section.dataset_name,
-        "split": section.dataset_split,
-        "weight": getattr(section, "data_probs", None),
-        "data_dir": getattr(section, "data_dir", None),
-    }
+    columns: dict[str, Any] = {"subset": section.dataset_name, "split": section.dataset_split}
+    if isinstance(section, Training):
+        columns |= {"weight": section.data_probs, "data_dir": section.data_dir}
     sources = []
     for index, path in enumerate(paths):
         # An empty entry of a column leaves the default of that one source alone.
         given = {key: column[index] for key, column in columns.items() if column and column[index] != ""}
         sources.append(Source(path=path, **given))
-    if isinstance(section, Training):
-        for index, source in enumerate(sources):
-            source.text_key, source.streaming = section.text_key, section.streaming
-            source.data_files = data_files_of(section.data_files or [], index, len(sources))
+        if isinstance(section, Training):
+            sources[-1].text_key, sources[-1].streaming = section.text_key, section.streaming
+            sources[-1].data_files = data_files_of(section.data_files or [], index, len(paths))
     return sources
 
 

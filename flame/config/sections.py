@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flame.config.data import Dataloader, Precision, Source, Training, Validation
+from flame.config.data import Dataloader, Source, Training, Validation
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Model:
 
     Besides the keys below, this section takes the model's own keys: `model_type`, `hidden_size`, `num_hidden_layers`
     and so on, as they stand in a Hugging Face config.json. With `config` given too, they override single keys of that file.
+    A model without a `vocab_size` takes the tokenizer's, rounded up to a multiple of 64.
     """
 
     config: str | None = None
@@ -185,7 +186,7 @@ class Checkpoint:
     last_save_in_hf: bool = False
     """At the end of the run, write a Hugging Face folder too: safetensors, config.json, tokenizer."""
 
-    export_dtype: Precision = "float32"
+    export_dtype: Literal["bfloat16", "float16", "float32"] = "float32"
     """Dtype of weights saved without optimizer state and of the Hugging Face folder."""
 
 
