@@ -46,8 +46,7 @@ def run(call, backend, **options):
     """Output, final state and the gradient of every input under fixed random cotangents."""
     o, final = linear_attention(**call, output_final_state=True, backend=backend, **options)
     g = torch.Generator().manual_seed(7)
-    loss = (o * torch.randn(o.shape, generator=g, dtype=o.dtype)).sum()
-    loss = loss + (final * torch.randn(final.shape, generator=g, dtype=final.dtype)).sum()
+    loss = sum((x.double() * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum() for x in (o, final))
     gradients = torch.autograd.grad(loss, list(call.values()))
     return {"o": o, "final": final, **dict(zip(call, gradients))}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -73,7 +74,11 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
-    name = select_backend(q, backend, ("chunked", "reference"))
+    name = select_backend(q, backend, ("triton", "chunked", "reference"))
+    if name == "triton" and problem.compute_dtype == torch.float32:
+        from flame.kernels.linear_attention.triton_op import linear_attention_triton
+
+        return linear_attention_triton(problem, output_final_state)
     # One token is one step of the recurrence; padding it to a chunk would only waste the machine.
     if name == "reference" or (q.shape[1] == 1 and cu_seqlens is None and backend is None):
         o, final = recurrence(problem)

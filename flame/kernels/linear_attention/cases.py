@@ -1,0 +1,126 @@
+"""Cases by which `flame doctor` proves and tunes linear attention on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from flame.kernels import tiles
+from flame.kernels.checking import Case, Tensors
+from flame.kernels.linear_attention import linear_attention
+
+KINDS = ("none", "head", "scalar", "key", "value", "bonus")
+# Head sizes of the models: GLA, HGRN2, Mamba2 (N=128, P=64), RWKV, GSA's passes, RetNet and GLA at 1.3B, Based.
+DIMS = ((64, 64), (128, 128), (128, 64), (64, 128), (128, 256), (256, 512), (153, 64))
+LENGTHS = (0, 1, 64, 64, 127, 640, 1300)  # bounds of ragged documents: one token, a chunk, none, odd, long
+
+
+@dataclass(frozen=True)
+class Shape:
+    kind: str
+    batch: int
+    tokens: int
+    heads: tuple[int, int, int]
+    K: int
+    V: int
+    dtype: torch.dtype = torch.bfloat16
+    strong: bool = False
+    packed: bool = False
+    state: bool = False
+
+
+def cases() -> list[Case]:
+    fp16, fp32 = torch.float16, torch.float32
+    checked = [Shape(kind, 2, 300, (2, 2, 2), K, V) for kind in KINDS for K, V in DIMS]
+    for kind in KINDS:
+        checked += [Shape(kind, 2, tokens, (2, 2, 2), 64, 64, state=True) for tokens in (1, 63, 64, 65)]
+        checked += [
+            Shape(kind, 1, 4096 + 7, (2, 2, 2), 128, 128, state=True),
+            Shape(kind, 1, LENGTHS[-1], (2, 2, 2), 128, 128, packed=True, state=True),
+            Shape(kind, 1, 200, (4, 2, 2), 64, 64),
+            Shape(kind, 1, 200, (1, 1, 4), 64, 64),
+            Shape(kind, 1, 200, (2, 2, 2), 64, 64, fp32, state=True),
+            Shape(kind, 1, 200, (2, 2, 2), 64, 64, fp16, state=True),
+        ]
+    checked += [Shape(kind, 1, 700, (2, 2, 2), 128, 128, strong=True) for kind in KINDS[2:]]
+    tuned = [Shape(kind, 8, 4096, (16, 16, 16), K, V) for kind in KINDS[:5] for K, V in ((128, 128), (64, 64))]
+    tuned += [Shape(kind, 8, 4096, (4, 4, 4), 256, 512) for kind in ("head", "key")]
+    tuned += [Shape("scalar", 8, 4096, (1, 1, 32), 128, 64), Shape("key", 8, 4096, (4, 4, 4), 128, 256)]
+    return [make_case(shape) for shape in checked] + [make_case(shape, tune=True) for shape in tuned]
+
+
+def make_case(shape: Shape, tune: bool = False) -> Case:
+    s = shape
+    heads = str(s.heads[0]) if len(set(s.heads)) == 1 else "/".join(map(str, s.heads))
+    flags = "".join(f" {flag}" for flag in ("strong", "packed", "state") if getattr(s, flag))
+    dtype = str(s.dtype).removeprefix("torch.")
+    name = f"{s.kind} B={s.batch} T={s.tokens} H={heads} K={s.K} V={s.V} {dtype}{flags}"
+    # RetNet's rates are constants; one number summed over all time has no relative accuracy in bf16 anyway.
+    constant = ("head_decay",) if s.kind == "head" else ()
+    return Case(
+        op="linear_attention",
+        name=name,
+        inputs=lambda device, seed: make_inputs(shape, device, seed),
+        run=run,
+        constant=constant,
+        keys={key: candidates(s.kind) for key in tile_keys(shape)},
+        tune=tune,
+    )
+
+
+def run(inputs: Tensors, backend: str | None) -> Tensors:
+    # Over hundreds of tokens the recurrence takes minutes; in fp64 the chunked form equals it to 1e-9 (tests prove it).
+    if backend == "reference" and inputs["q"].shape[1] > 64:
+        backend = "chunked"
+    o, final = linear_attention(**inputs, output_final_state=True, backend=backend)
+    return {"o": o} if final is None else {"o": o, "final": final}
+
+
+def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
+    """Normal q, k, v; log-sigmoid decays: near 0, or strong enough to overflow a careless factorization."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).to(device)
+
+    H, sequences = max(s.heads), len(LENGTHS) - 1 if s.packed else s.batch
+    call = {
+        name: normal(s.batch, s.tokens, count, width).to(s.dtype)
+        for name, count, width in zip("qkv", s.heads, (s.K, s.K, s.V))
+    }
+    factor = 8.0 if s.strong else 1 / 16
+    width = {"key": (s.K,), "bonus": (s.K,), "value": (s.V,)}.get(s.kind, ())
+    if s.kind == "head":
+        call["head_decay"] = torch.log1p(-(2.0 ** (-5 - torch.arange(H, device=device, dtype=torch.float32))))
+    elif s.kind == "scalar":
+        call["scalar_decay"] = F.logsigmoid(normal(s.batch, s.tokens, H)) * factor
+    elif s.kind != "none":
+        decay = F.logsigmoid(normal(s.batch, s.tokens, H, *width)) * factor
+        call["value_decay" if s.kind == "value" else "key_decay"] = decay.to(s.dtype)
+    if s.kind == "bonus":
+        call["bonus"] = normal(H, s.K)
+    if s.state:
+        call["initial_state"] = normal(sequences, H, s.K, s.V)
+    if s.packed:
+        call["cu_seqlens"] = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    return call
+
+
+def tile_keys(s: Shape) -> list[str]:
+    """Keys of the four sweeps, as `triton_passes.sweep_tile` asks for them."""
+    kind = "key" if s.kind == "bonus" else s.kind
+    sizes = {"forward": (s.K, s.V), "dq": (s.V, s.K), "dk": (s.V, s.K), "dv": (s.K, s.V)}
+    return [tiles.key(name, kind=kind, D=D, E=E, dtype=s.dtype) for name, (D, E) in sizes.items()]
+
+
+def candidates(kind: str) -> list[tiles.Tile]:
+    """Tiles worth timing: (rows, columns of the output, warps, pipeline stages)."""
+    if kind in ("none", "head", "scalar"):
+        rows = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
+        rows += [(128, 128, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2)]
+    else:
+        rows = [(64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)]
+        rows += [(16, 64, 4, 2), (64, 128, 8, 1)]
+    return [{"BT": bt, "BE": be, "num_warps": warps, "num_stages": stages} for bt, be, warps, stages in rows]

@@ -1,0 +1,118 @@
+"""The Triton sweeps, run by Triton's interpreter, equal the fp64 recurrence: outputs, states and every gradient."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.kernels import interpreter  # noqa: F401  isort: skip
+
+import torch
+
+from flame.kernels.linear_attention import linear_attention, triton_passes
+from tests.kernels.test_linear_attention import KINDS, H, K, V, inputs, run
+
+TOLERANCE = 1e-5
+
+
+def check_triton(call, tolerance=TOLERANCE, dtype=torch.float32, **options):
+    expected = run(call, "reference", **options)
+    keep = ("initial_state", "bonus", "head_decay")
+    rounded = {name: x.detach().to(torch.float32 if name in keep else dtype) for name, x in call.items()}
+    if dtype != torch.float32:
+        expected = run({name: x.double().requires_grad_() for name, x in rounded.items()}, "reference", **options)
+    got = run({name: x.requires_grad_() for name, x in rounded.items()}, "triton", **options)
+    for name, want in expected.items():
+        assert torch.isfinite(got[name]).all(), name
+        error = (got[name].double() - want).norm() / want.norm().clamp(min=1e-3)
+        assert error < tolerance, (name, error.item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_sweeps_equal_recurrence(kind, tokens):
+    check_triton(inputs(kind, tokens, batch=1))
+
+
+# Not "head": its gradient is one number, a sum over time that is small beside its terms, so bf16 leaves it no fixed
+# relative accuracy. The kernel is that of "scalar".
+@pytest.mark.parametrize("kind", ["none", "scalar", "key", "value", "bonus"])
+def test_bf16_sweeps_stay_within_rounding_of_the_recurrence(kind):
+    check_triton(inputs(kind, 65, batch=1, heads=(1, 1, 1)), tolerance=6e-3, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS[3:])
+def test_strong_decay_takes_the_exact_way(kind):
+    check_triton(inputs(kind, 70, strong=True, batch=1))
+
+
+@pytest.mark.parametrize("kind", ["scalar", "key", "bonus"])
+@pytest.mark.parametrize("heads", [(2, 1, 1), (1, 1, 2)])
+def test_grouped_heads_share_their_tensors(kind, heads):
+    check_triton(inputs(kind, 20, heads=heads, batch=1))
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "bonus", "value"])
+def test_packed_documents_never_meet(kind):
+    bounds = [0, 1, 1, 66, 80]
+    call = inputs(kind, bounds[-1], batch=1, state=False, heads=(1, 1, 1))
+    call["initial_state"] = torch.randn(len(bounds) - 1, 1, K, V, dtype=torch.float64).requires_grad_()
+    check_triton(call, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Cut time every 64 tokens, so that a short sequence takes the way of a long one."""
+    monkeypatch.setattr(triton_passes, "ANCHOR", 64)
+    monkeypatch.setattr(triton_passes.tiles, "multiprocessors", lambda device: 20)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_sequences_equal_whole_ones(kind, short_segments):
+    call = inputs(kind, 200, batch=1, heads=(1, 1, 1))
+    items = triton_passes.cut_items(1, 200, 1, None, 20)
+    assert items.cut and items.count > 1
+    check_triton(call)
+
+
+@pytest.mark.parametrize("kind", ["head", "key"])
+def test_cut_packed_documents_equal_whole_ones(kind, short_segments):
+    bounds = torch.tensor([0, 3, 190, 190, 200], dtype=torch.int32)
+    call = inputs(kind, 200, batch=1, heads=(1, 1, 1), state=False)
+    call["initial_state"] = torch.randn(4, 1, K, V, dtype=torch.float64).requires_grad_()
+    assert triton_passes.cut_items(1, 200, 1, bounds, 20).cut
+    check_triton(call, cu_seqlens=bounds)
+
+
+def test_strided_views_are_read_in_place():
+    packed = torch.randn(1, 40, H, 2 * K + V, dtype=torch.float64)
+    q, k, v = packed.split([K, K, V], -1)
+    expected, _ = linear_attention(q, k, v, backend="reference")
+    q, k, v = packed.float().split([K, K, V], -1)
+    got, _ = linear_attention(q, k, v, backend="triton")
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "bonus"])
+def test_operator_obeys_the_rules_of_torch_library(kind):
+    call = {name: x.detach().float().requires_grad_() for name, x in inputs(kind, 5, heads=(1, 1, 1), batch=1).items()}
+    decay, bonus = call.get("key_decay"), call.get("bonus")
+    arguments = (call["q"], call["k"], call["v"], decay, bonus, call["initial_state"], None)
+    import flame.kernels.linear_attention.triton_op  # noqa: F401  (registers the operators)
+
+    torch.library.opcheck(
+        torch.ops.flame.linear_attention_forward.default,
+        (*arguments, "key" if kind == "bonus" else "none", 0.5, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_compiles_without_a_graph_break():
+    call = {name: x.detach().float().requires_grad_() for name, x in inputs("scalar", 33, batch=1).items()}
+    function = torch.compile(
+        lambda **c: linear_attention(**c, backend="triton")[0], fullgraph=True, backend="aot_eager"
+    )
+    o = function(**call)
+    (dq,) = torch.autograd.grad(o.square().sum(), call["q"])
+    expected, _ = linear_attention(**call, backend="chunked")
+    (want,) = torch.autograd.grad(expected.square().sum(), call["q"])
+    torch.testing.assert_close(dq, want, atol=1e-4, rtol=1e-4)
