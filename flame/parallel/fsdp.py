@@ -78,6 +78,12 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Free all gathered parameters, so that the next forward gathers the shards as they then are."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
 def prefetch_neighbours(blocks: Sequence[nn.Module]) -> None:
     """Gather the next block while this one computes, in both directions."""
     for block, following in zip(blocks, blocks[1:]):
