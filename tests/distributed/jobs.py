@@ -48,7 +48,7 @@ freq = 6
 holdout = 0.2
 """
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew", "tea"]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "wizards", "brew", "tea"]
 
 
 def write_job(folder, text=JOB):
