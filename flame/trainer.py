@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import torch
 
 from flame.checkpoint import CheckpointManager
-from flame.config.sections import JobConfig
+from flame.config import JobConfig, model_values, to_toml
 from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, load_tokenizer
 from flame.data.build import global_batch_size
 from flame.errors import CheckpointError
 from flame.models.config import ModelConfig
+from flame.models.hf import DTYPES, export_model
 from flame.models.registry import resolve_config
 from flame.optim.build import build_optimizer
+from flame.optim.groups import describe_groups
 from flame.parallel.agreement import Agreement, StopRequest
 from flame.parallel.distributed import World, set_timeouts
 from flame.parallel.mesh import build_mesh
@@ -59,11 +62,12 @@ class Trainer:
         self.validator = self.build_validator()
 
         self.progress = Progress()
-        self.checkpoints = self.build_checkpoints() if job.checkpoint.enable else None
+        self.checkpoints = self.build_checkpoints()
         self.agreement = Agreement(world.control, 2)
         self.stop_request = StopRequest()
         self.stopped = False
         self.rollbacks = 0
+        self.saved_at = time.monotonic()
 
     def build_validator(self) -> Validator | None:
         batches = build_validation_loader(self.job, self.tokenizer, self.mesh.data_rank, self.mesh.data_size)
@@ -81,12 +85,16 @@ class Trainer:
             "train_state": self.progress,
             "random": RandomState(self.world.rank),
         }
-        files = {"config.json": json.dumps(self.config.to_dict(), indent=2)}
+        files = {"config.json": json.dumps(self.config.to_dict(), indent=2), "job.toml": to_toml(self.job)}
         return CheckpointManager(self.job.checkpoint, self.folder, states, files)
 
     def train(self) -> None:
         """Run to the last step of the job, or until asked to stop; either way the state is saved."""
+        self.announce()
         self.resume()
+        if self.job.checkpoint.create_seed_checkpoint:
+            self.save()
+            self.stopped = True
         garbage = GarbageCollection(self.job.training.gc_freq)
         while self.progress.step < self.job.training.steps and not self.stopped:
             try:
@@ -100,8 +108,7 @@ class Trainer:
     def train_step(self) -> StepResult | None:
         """One global step; None when its data is to be left out. Nothing in here waits for the device."""
         step = self.progress.step + 1
-        save_by_time = self.checkpoints is not None and self.checkpoints.is_due_by_time()
-        self.agreement.begin([self.stop_request.received, save_by_time])
+        self.agreement.begin([self.stop_request.received, self.save_is_due_by_time()])
         batches = self.next_batches()
         result = None
         if step not in self.progress.left_out:
@@ -121,33 +128,46 @@ class Trainer:
         step, steps = self.progress.step, self.job.training.steps
         stop, by_time = self.agreement.result()
         if step == self.first_step:
-            self.set_running_timeouts()
+            self.expect_speed(True)
         if result is not None and (step % self.job.metrics.log_freq == 0 or step in (self.first_step, steps)):
             self.log(result)
         if self.validator is not None and (step % self.job.validation.freq == 0 or step == steps):
             self.validate()
         self.stopped = stop and step < steps
-        if self.checkpoints is not None and (stop or by_time or step == steps or self.checkpoints.is_due(step)):
-            self.save(self.checkpoints)
+        if stop or by_time or step == steps or self.save_is_due(step):
+            self.save()
 
     def resume(self) -> None:
-        """Continue from a checkpoint if there is one, else from the initial weights."""
-        section = self.job.checkpoint
-        loaded = self.checkpoints.load(section.load_step) if self.checkpoints is not None else None
+        """Continue from a checkpoint of this run, else start from the weights that the job names, else from new ones."""
+        loaded = self.checkpoints.load(self.job.checkpoint.load_step)
         if loaded is not None:
-            logger.info("resumed from step %d, %s tokens", loaded, f"{self.progress.tokens:,}")
+            logger.info("Resumed from step %d, after %s tokens.", loaded, f"{self.progress.tokens:,}")
         self.first_step = self.progress.step + 1
         if self.validator is not None and not self.progress.first_validation:
             self.validate()
 
-    def save(self, checkpoints: CheckpointManager) -> None:
-        """Save a checkpoint of weights that are known to be good.
+    def save_is_due(self, step: int) -> bool:
+        """Whether the interval in steps asks for a checkpoint."""
+        section = self.job.checkpoint
+        first = section.enable_first_step_checkpoint and step == 1
+        return first or (section.interval > 0 and step % section.interval == 0)
+
+    def save_is_due_by_time(self) -> bool:
+        """Whether this rank's clock asks for a checkpoint; all ranks follow the first one that does."""
+        minutes = self.job.checkpoint.interval_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def save(self) -> None:
+        """Save a checkpoint, if the job wants any, of weights that are known to be good.
 
         Raises:
             CheckpointError: the last checkpoint of the run, or of this process, could not be saved.
         """
         self.guard.check()
-        saved = checkpoints.save(self.progress.step, last=self.progress.step == self.job.training.steps)
+        if not self.job.checkpoint.enable:
+            return
+        saved = self.checkpoints.save(self.progress.step, last=self.progress.step == self.job.training.steps)
+        self.saved_at = time.monotonic()
         if self.stopped and not saved:
             raise CheckpointError("asked to stop, and the state could not be saved; see the messages above.")
 
@@ -163,7 +183,7 @@ class Trainer:
         self.progress.left_out.append(error.step)
         if self.rollbacks > MAX_ROLLBACKS:
             raise NonFiniteStep(error.step, f"{error} Going back {MAX_ROLLBACKS} times did not help.") from error
-        loaded = self.checkpoints.load() if self.checkpoints is not None else None
+        loaded = self.checkpoints.load()
         if loaded is None:
             raise NonFiniteStep(error.step, f"{error} There is no checkpoint to go back to.") from error
         self.guard.reset()
@@ -180,34 +200,66 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate on held-out data and remember the first and the latest figures."""
         assert self.validator is not None
+        self.expect_speed(False)  # the first one compiles the forward anew
         result = self.validator()
+        self.expect_speed(self.progress.step >= self.first_step)
         figures = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
         self.progress.first_validation = self.progress.first_validation or figures
         self.progress.last_validation = figures
         logger.info("step %d validation: %s", self.progress.step, result)
 
-    def set_running_timeouts(self) -> None:
-        """Once compiled and running, a collective that does not come back is a lost rank."""
-        set_timeouts(self.job.comm.train_timeout_seconds, [self.mesh.data_group])
+    def expect_speed(self, running: bool) -> None:
+        """Once compiled and running, a collective that does not come back soon is a lost rank; elsewhere it may be slow."""
+        comm = self.job.comm
+        seconds = comm.train_timeout_seconds if running else comm.init_timeout_seconds
+        set_timeouts(seconds, [self.mesh.data_group, *self.mesh.device_mesh.get_all_groups()])
 
     def finish(self) -> None:
-        """Wait for the last checkpoint and stop the data workers."""
-        if self.checkpoints is not None:
-            self.checkpoints.close()
+        """Wait for the last checkpoint; at the end of the job, export the model and say how it went."""
+        self.checkpoints.close()
         self.loader.close()
         self.stop_request.restore()
+        if self.stopped:
+            logger.info("Stopped after step %d. The same command continues from there.", self.progress.step)
+            return
+        if self.job.checkpoint.last_save_in_hf:
+            self.expect_speed(False)
+            self.export()
+        if self.progress.first_validation:
+            logger.info("Validation loss: %s", compare(self.progress.first_validation, self.progress.last_validation))
+
+    def export(self) -> None:
+        """Write the model and its tokenizer as a Hugging Face folder."""
+        folder = self.folder / "hf"
+        export_model(self.model, folder, DTYPES[self.job.checkpoint.export_dtype])
+        if self.world.is_main:
+            self.tokenizer.save(folder)
+            logger.info("Exported to %s.", folder)
+
+    def announce(self) -> None:
+        """Say what is about to be trained: the resolved job, the mesh, the model, the parameter groups."""
+        if self.job.job.print_config:
+            logger.info("Resolved job:\n%s", to_toml(self.job))
+        sizes = [parameter.numel() for parameter in self.model.parameters()]
+        tokens, device = self.rows_per_step * self.job.training.seq_len, self.world.device
+        logger.info("%d processes on %s: %s", self.world.size, device.type, self.mesh.degrees)
+        logger.info("%s with %s parameters, %s tokens a step", self.config.model_type, f"{sum(sizes):,}", f"{tokens:,}")
+        groups = [group for rule in self.optimizer.rules.values() for group in rule.groups]
+        logger.info("Parameter groups:\n%s", describe_groups(groups, self.job.optimizer.lr))
+
+
+def compare(first: dict[str, float], last: dict[str, float]) -> str:
+    """First and last validation figures in one line."""
+    texts = [f"{each['loss']:.4f} nats/token, {each['bits_per_byte']:.4f} bits/byte" for each in (first, last)]
+    return f"{texts[0]} at first, {texts[1]} at last"
 
 
 def model_config(job: JobConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model of a job; without a vocab_size of its own it takes the tokenizer's, rounded up to 64.
+    """The model of a job, which must have an embedding for every token.
 
     Raises:
-        DataError: the tokenizer has ids that the model has no embedding for.
+        DataError: the tokenizer has more ids than the model.
     """
-    values = dict(job.model.keys)
-    values.setdefault("vocab_size", -(-tokenizer.vocab_size // 64) * 64)
-    values.setdefault("bos_token_id", tokenizer.bos_id)
-    values.setdefault("eos_token_id", tokenizer.eos_id)
-    config = resolve_config(values)
+    config = resolve_config(model_values(job, tokenizer.vocab_size))
     tokenizer.check_fits(config.vocab_size)
     return config

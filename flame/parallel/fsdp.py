@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from flame.errors import ConfigError, unknown_name
 
 RESHARD_POLICIES = ("default", "always", "never")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def parse_dtype(name: str, key: str) -> torch.dtype:
