@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 
 @dataclass
@@ -39,46 +38,22 @@ class Progress:
 
 
 class RandomState:
-    """Random generators of every rank: Python, numpy, torch on the CPU and on the GPU.
+    """Random generators of this rank: Python, numpy, torch on the CPU and on the GPU."""
 
-    Args:
-        group: all ranks; saving gathers their states, so that what is stored does not depend on who stores it.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, rank: int) -> None:
+        self.key = f"rank_{rank}"
 
     def state_dict(self) -> dict[str, Any]:
-        states: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(states, capture_random(), group=self.group)
-        return {"ranks": states}
+        cuda = torch.cuda.get_rng_state().numpy() if torch.cuda.is_available() else None
+        return {self.key: (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy(), cuda)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore this rank's generators; a rank that did not exist when saving keeps its fresh ones."""
-        rank = dist.get_rank(self.group)
-        if rank < len(state["ranks"]):
-            restore_random(state["ranks"][rank])
-
-
-def capture_random() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def restore_random(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int, rank: int) -> None:
-    """Seed all generators of this process. Weights have generators of their own and do not depend on this."""
-    random.seed(seed + rank)
-    np.random.seed((seed + rank) % 2**32)
-    torch.manual_seed(seed + rank)
+        if self.key not in state:
+            return
+        python, numpy, cpu, cuda = state[self.key]
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch.from_numpy(cpu))
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.from_numpy(cuda))

@@ -22,9 +22,14 @@ IGNORED = -100  # label of a position without target
 class MicroBatch(Protocol):
     """What the model reads: tokens [B, T], labels [B, T] already shifted, document starts [N + 1] or None."""
 
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor | None
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
 
 
 @dataclass

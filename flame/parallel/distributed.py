@@ -22,7 +22,6 @@ class World:
 
     Attributes:
         control: gloo group on which ranks agree about stopping and saving, whatever the training backend.
-        checkpoint: gloo group for saving in the background; a collective there must not meet one of training.
     """
 
     rank: int
@@ -30,7 +29,6 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup
-    checkpoint: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -100,8 +98,7 @@ def initialize(timeout_seconds: float) -> World:
         device_id=device if device.type == "cuda" else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
-    checkpoint = dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank, local_rank, size, device, control, checkpoint)
+    return World(rank, local_rank, size, device, control)
 
 
 def die_with_parent() -> None:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from flame.errors import ConfigError, unknown_name
 
 RESHARD_POLICIES = ("default", "always", "never")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def parse_dtype(name: str, key: str) -> torch.dtype:
@@ -76,6 +76,12 @@ def apply_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered parameters, so that the next forward gathers the shards as they then are."""
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 def prefetch_neighbours(blocks: Sequence[nn.Module]) -> None:

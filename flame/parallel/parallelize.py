@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from flame.config.sections import JobConfig
-from flame.models.decoder import CausalLM
+from flame.models.config import ModelConfig
+from flame.models.decoder import CausalLM, build_model
 from flame.models.initialize import initialize_weights
 from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.compile import compile_blocks
@@ -32,6 +33,15 @@ def sharding_options(job: JobConfig) -> ShardingOptions:
         reshard_after_forward=job.parallelism.fsdp_reshard_after_forward,
         cpu_offload=job.training.enable_cpu_offload,
     )
+
+
+def build_sharded_model(config: ModelConfig, job: JobConfig, mesh: Mesh, device: torch.device) -> CausalLM:
+    """The model laid out over the mesh, with its initial weights."""
+    with torch.device("meta"):
+        model = build_model(config)
+    parallelize(model, job, mesh, device)
+    materialize(model, job, device)
+    return model
 
 
 def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.device) -> None:
