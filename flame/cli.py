@@ -38,7 +38,7 @@ COMMANDS = {
     "train-tokenizer": Command("flame.data.train_tokenizer", "train a byte-level BPE tokenizer"),
     "convert": Command("flame.checkpoint.convert", "convert checkpoints to and from the Hugging Face format"),
     "generate": Command("flame.evaluation.generate", "continue texts with a trained model"),
-    "evaluate": Command("flame.evaluation.evaluate", "loss and perplexity of a trained model, lm-eval tasks"),
+    "evaluate": Command("flame.evaluation.perplexity", "loss and perplexity of a trained model on text files"),
     "doctor": Command("flame.doctor", "check every kernel against its fp64 reference on this machine"),
 }
 

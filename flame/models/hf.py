@@ -147,34 +147,43 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, shard.get_tensor(name)
 
 
-@torch.no_grad()
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill a model, sharded or not, from a folder; every rank keeps its own part of each tensor.
+    """Fill a model, sharded or not, from a Hugging Face folder.
 
     Raises:
         CheckpointError: names or shapes are not those of the model.
     """
-    targets, seen = named_weights(model), set()
-    for name, tensor in read_weights(folder):
+    load_tensors(model, read_weights(folder), folder)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], where: Path) -> None:
+    """Fill a model, sharded or not, from full tensors by name; every rank keeps its own part of each.
+
+    Args:
+        where: what the tensors come from, for messages.
+    """
+    targets = named_weights(model)
+    missing = set(targets)
+    for name, tensor in tensors:
         target = targets.get(name)
         if target is None:
             if name == "lm_head.weight":  # the second name of a tied embedding
                 continue
             raise CheckpointError(
-                f"{folder} has a tensor {name}, which this model lacks; its config.json says which it is."
+                f"{where} has a tensor {name}, which this model lacks; its config.json says which it is."
             )
         if target.shape != tensor.shape:
             raise CheckpointError(
-                f"{folder}: {name} is {list(tensor.shape)} there and {list(target.shape)} in this model."
+                f"{where}: {name} is {list(tensor.shape)} there and {list(target.shape)} in this model."
             )
-        seen.add(name)
+        missing.discard(name)
         if isinstance(target, DTensor):
             target.to_local().copy_(local_slice(tensor.to(target.dtype).to(target.device), target))
         else:
             target.copy_(tensor)
-    missing = sorted(targets.keys() - seen)
     if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of this model, {missing[0]} first.")
+        raise CheckpointError(f"{where} lacks {len(missing)} tensors of this model, {min(missing)} first.")
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> CausalLM:

@@ -1,0 +1,141 @@
+"""`flame generate`: continue prompts with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flame.checkpoint import storage
+from flame.checkpoint.convert import TOKENIZER_FOLDER, stored_weights
+from flame.data.tokenizer import Tokenizer
+from flame.errors import CheckpointError, ConfigError
+from flame.models.decoder import CausalLM
+from flame.models.hf import load_model, load_tensors
+from flame.models.registry import load_config
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: tokens to add; generation of a prompt ends earlier at its end-of-sequence token.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from so many likeliest tokens; 0 from all.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: of the draws.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": self.max_new_tokens > 0,
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+        }
+        wrong = [name for name, holds in checks.items() if not holds]
+        if wrong:
+            raise ConfigError(f"{wrong[0]} = {getattr(self, wrong[0])} is out of range; see `flame generate --help`.")
+
+
+@torch.no_grad()
+def generate(model: CausalLM, prompt: Sequence[int], sampling: Sampling, stop: int | None = None) -> list[int]:
+    """Tokens that follow `prompt`, decoded one by one from the model's cache.
+
+    Under FSDP all ranks must call it together; they draw the same tokens.
+
+    Args:
+        stop: token that ends the text; it is the last one returned.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    cache, given = model.new_cache(), torch.tensor([list(prompt)], device=device)
+    added: list[int] = []
+    while len(added) < sampling.max_new_tokens:
+        logits = model(given, cache=cache).logits[0, -1]
+        token = choose(logits, sampling, generator)
+        added.append(int(token))
+        if added[-1] == stop:
+            break
+        given = token.view(1, 1)
+    return added
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """The next token from logits [V]."""
+    logits = logits.float()
+    if sampling.temperature == 0:
+        return logits.argmax()
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    probabilities = torch.softmax(logits, -1)
+    if sampling.top_p < 1:
+        ranked, order = probabilities.sort(descending=True)
+        beyond = ranked.cumsum(0) - ranked >= sampling.top_p  # keeps the token that crosses the threshold
+        probabilities = probabilities.scatter(0, order[beyond], 0.0)
+    return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+def generate_text(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> str:
+    """`prompt` and its continuation."""
+    ids = list(tokenizer.encode(prompt)) or [tokenizer.require_eos()]
+    was_training = model.training
+    model.eval()
+    added = generate(model, ids, sampling, tokenizer.eos_id)
+    model.train(was_training)
+    return prompt + tokenizer.decode(added)
+
+
+def load_any(folder: Path, device: torch.device | str, dtype: torch.dtype | None = None) -> CausalLM:
+    """The model in a Hugging Face folder or in a checkpoint step folder."""
+    if not (folder / storage.MANIFEST).is_file():
+        return load_model(folder, device, dtype)
+    with torch.device("meta"):
+        model = CausalLM(load_config(folder))
+    model.to_empty(device=device)
+    model.tie_weights()
+    load_tensors(model, stored_weights(folder), folder)
+    return model.to(dtype).eval() if dtype is not None else model.eval()
+
+
+def find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
+    """The tokenizer named by the user, else the one beside the weights, else the one of the run."""
+    if given:
+        return Tokenizer.load(given)
+    for place in (folder, folder.parent.parent / TOKENIZER_FOLDER):
+        if (place / "tokenizer.json").is_file():
+            return Tokenizer.load(str(place))
+    raise CheckpointError(f"there is no tokenizer.json beside the weights in {folder}; name one with --tokenizer.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a Hugging Face folder, or a checkpoint step folder")
+    parser.add_argument("prompts", nargs="+", help="texts to continue")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer; default: the one beside the weights")
+    parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens)
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k)
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
+    parser.add_argument("--seed", type=int, default=Sampling.seed)
+
+
+def main(args: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = find_tokenizer(args.model, args.tokenizer)
+    model = load_any(args.model, device, torch.bfloat16 if device == "cuda" else None)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    for prompt in args.prompts:
+        print(generate_text(model, tokenizer, prompt, sampling))
+    return 0
