@@ -53,6 +53,10 @@ class Backbone(nn.Module):
     def build_norm(self) -> nn.Module:
         return RMSNorm(self.config.hidden_size, self.config.norm_eps)
 
+    def build_head(self) -> Linear:
+        """The language-model head, which a system may initialise in its own way."""
+        return Linear(self.config.hidden_size, self.config.vocab_size, std=self.config.initializer_range)
+
     def initial_carried(self) -> dict[str, Tensor]:
         """What the first block finds in `ctx.carried`."""
         return {}
@@ -85,7 +89,7 @@ class CausalLM(nn.Module):
         system = get_system(config.model_type)
         self.backbone_name = system.names.backbone
         self.add_module(self.backbone_name, (system.backbone or Backbone)(config))
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, std=config.initializer_range)
+        self.lm_head = self.decoder.build_head()
         self.tie_weights()
 
     @property

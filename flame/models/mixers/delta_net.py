@@ -1,0 +1,110 @@
+"""DeltaNet: a fast-weight memory that replaces what it holds under a key (Yang et al., 2406.06484)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from flame.kernels.delta_rule import delta_rule
+from flame.models.config import ModelConfig
+from flame.models.context import Context
+from flame.models.delta import DeltaMixer, write_strength
+from flame.models.mixers.base import cached, remember, split_heads
+from flame.models.modules import Linear, ShortConvolution
+from flame.models.registry import System, register
+
+
+@dataclass(kw_only=True)
+class DeltaNetConfig(ModelConfig):
+    """expand_k and expand_v scale the key and value widths; use_output_norm changes nothing (the norm is always on)."""
+
+    model_type: ClassVar[str] = "delta_net"
+
+    attn_mode: str = "chunk"
+    expand_k: float = 1.0
+    expand_v: float = 1.0
+    use_gate: bool = False
+    use_short_conv: bool = True
+    conv_size: int = 4
+    use_beta: bool = True
+    use_output_norm: bool = True
+    num_heads: int = 16
+    qk_norm: Literal["l2", "sum"] = "l2"
+    qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
+    allow_neg_eigval: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, width in (("expand_k", self.key_dim), ("expand_v", self.value_dim)):
+            self.require(width % self.num_heads == 0, name, f"gives {width} channels, no multiple of num_heads")
+
+    @property
+    def key_dim(self) -> int:
+        return self.scaled_dim(self.expand_k, "expand_k")
+
+    @property
+    def value_dim(self) -> int:
+        return self.scaled_dim(self.expand_v, "expand_v")
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.value_dim // self.num_heads
+
+
+class DeltaNet(DeltaMixer):
+    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t / sqrt(K), q and k of unit length."""
+
+    config_class = DeltaNetConfig
+
+    def __init__(self, config: DeltaNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
+        super().__init__(config, layer_idx, **options)
+        c = self.config
+        self.add_projections(q=c.key_dim, k=c.key_dim, v=c.value_dim)
+        if c.use_short_conv and c.qk_activation != "silu":
+            for name in ("q", "k"):
+                conv = ShortConvolution(c.key_dim, c.conv_size, activation=None, std=c.initializer_range)
+                self.add_module(f"{name}_conv1d", conv)
+        if c.use_beta:
+            self.b_proj = Linear(c.hidden_size, c.num_heads, std=c.initializer_range)
+        self.add_output(c.use_gate)
+
+    def mix(self, x: Tensor, ctx: Context) -> Tensor:
+        c = self.config
+        q, k = (self.key_features(name, x, ctx) for name in ("q", "k"))
+        o, state = delta_rule(
+            q,
+            k,
+            split_heads(self.project("v", x, ctx), c.num_heads),
+            write_strength(self.b_proj(x), c.allow_neg_eigval) if c.use_beta else None,
+            normalize=c.qk_norm == "l2",
+            initial_state=cached(ctx, "state"),
+            output_final_state=ctx.cache is not None,
+            cu_seqlens=ctx.cu_seqlens,
+        )
+        remember(ctx, "state", state)
+        return self.output(o, x)
+
+    def key_features(self, name: str, x: Tensor, ctx: Context) -> Tensor:
+        """q or k [B, T, H, K] after convolution and activation, divided by its absolute sum if qk_norm is 'sum'."""
+        c = self.config
+        if c.use_short_conv or c.qk_activation == "silu":
+            y = self.project(name, x, ctx)
+        else:
+            y = getattr(self, f"{name}_proj")(x)
+        if c.qk_activation == "relu":
+            y = F.relu(y)
+        elif c.qk_activation == "elu":
+            y = F.elu(y) + 1
+        y = split_heads(y, c.num_heads)
+        return F.normalize(y, p=1, dim=-1, eps=1e-6) if c.qk_norm == "sum" else y
+
+    def flops(self, seq_len: int) -> float:
+        """Erase, write and read of the state: 6 operations for each of its H * K * V entries."""
+        c = self.config
+        return 6.0 * c.key_dim * c.value_head_dim
+
+
+register(System(DeltaNetConfig, DeltaNet))
