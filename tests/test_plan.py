@@ -1,0 +1,193 @@
+"""Plans of jobs, checked against known sizes, against FSDP2 itself and against what autograd keeps."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from flame import cli
+from flame.config import load_job
+from flame.models.context import make_context
+from flame.models.decoder import build_model
+from flame.plan import block_activations, count_parameters, default_world_size, make_plan, render, shard_numel
+
+# Parameters at the reference's defaults.
+KNOWN = {
+    "retnet": 1351727104,
+    "gla": 1365514240,
+    "linear_attn": 1389524992,
+    "hgrn": 1364396032,
+    "hgrn2": 1364396032,
+    "rwkv6": 1360224256,
+    "lightnet": 1376929792,
+    "mamba": 1400276992,
+    "mamba2": 1371839488,
+    "samba": 1403935488,
+    "gsa": 1376929792,
+    "abc": 1376892928,
+    "mla": 1148829184,
+    "transformer": 1364297728,
+}
+
+TINY = ["--model.model_type=gla", "--model.hidden_size=64", "--model.num_heads=2", "--model.num_hidden_layers=3"]
+TINY += ["--model.vocab_size=100", "--training.seq_len=64"]
+
+
+def plan_of(*overrides, world=1):
+    return make_plan(load_job(None, list(overrides)), world)
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_parameters_are_those_of_the_reference(model_type):
+    with torch.device("meta"):
+        model = build_model({"model_type": model_type})
+    assert count_parameters(model).total == KNOWN[model_type]
+
+
+def test_parts_add_up_to_the_total():
+    parameters = plan_of(*TINY, "--model.attn.layers=[1]", "--model.attn.num_heads=2").parameters
+    blocks = sum(count * size for count, size in parameters.blocks.values())
+    assert {kind: count for kind, (count, _) in parameters.blocks.items()} == {
+        "GatedLinearAttention": 2,
+        "Attention": 1,
+    }
+    assert parameters.total == parameters.embedding + blocks + parameters.head + 64  # the final norm
+
+
+def test_a_shared_head_is_counted_once():
+    apart, tied = plan_of(*TINY).parameters, plan_of(*TINY, "--model.tie_word_embeddings=true").parameters
+    assert tied.head == 0 and apart.total - tied.total == 64 * 100
+
+
+@pytest.mark.parametrize("world", [3, 8, 512])
+def test_sharded_memory_is_what_fsdp2_allocates(world):
+    from flame.parallel.fsdp import ShardingOptions, apply_fsdp
+
+    job = load_job(None, [*TINY, "--training.virtual_shards=1536"])
+    plan = make_plan(job, world)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with torch.device("meta"):
+            model = build_model(plan.model)
+        apply_fsdp(model, list(model.blocks), init_device_mesh("cpu", (world,)), ShardingOptions())
+        padded = sum(math.prod(parameter._local_tensor.shape) for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+    assert plan.memory.weights == plan.memory.gradients == 4 * padded
+    assert plan.memory.optimizer == 8 * padded
+
+
+def test_rows_are_dealt_out_like_chunks():
+    for rows, ranks in [(7, 3), (8, 4), (3, 8), (1, 2)]:
+        parameter = torch.empty(rows, 5, device="meta")
+        assert shard_numel(parameter, ranks) == torch.chunk(parameter, ranks)[0].numel()
+
+
+@pytest.mark.parametrize("model_type, options", [("gla", {}), ("retnet", {}), ("linear_attn", {}), ("lightnet", {})])
+def test_activations_are_near_what_autograd_keeps_with_fused_kernels(model_type, options, monkeypatch):
+    monkeypatch.setenv("FLAME_BACKEND", "triton")  # on meta tensors kernels are known by their shapes only
+    kept = {}
+    with torch.device("meta"):
+        model = build_model({"model_type": model_type, "num_hidden_layers": 2, **options}).to(torch.bfloat16)
+        x = torch.empty(1, 256, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        ctx = make_context(256, x.device)
+        with torch.no_grad():
+            _, carried = model.blocks[0](x, ctx.at_layer(None, model.decoder.initial_carried()))
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.blocks[1](x, ctx.at_layer(None, carried))
+        with torch.no_grad():
+            counted = block_activations(model.blocks[1], x, ctx.at_layer(None, carried))
+    measured = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / 256
+    assert 0.8 < counted.kept / measured < 1.25
+    assert counted.stream < counted.kept_by_op < counted.kept
+
+
+def test_checkpointing_and_shards_lower_memory_in_the_expected_order():
+    base = [*TINY, "--model.num_hidden_layers=12", "--training.virtual_shards=64"]
+    modes = {
+        mode: plan_of(*base, *mode.split()).memory.activations
+        for mode in (
+            "--activation_checkpoint.mode=full",
+            "--activation_checkpoint.mode=selective --activation_checkpoint.selective_ac_option=2",
+            "--activation_checkpoint.mode=none",
+        )
+    }
+    full, half, none = modes.values()
+    assert full < half < none
+    assert plan_of(*base, world=8).memory.weights * 7 < plan_of(*base).memory.weights
+
+
+def test_accumulating_without_reduction_keeps_whole_gradients():
+    twice = [*TINY, "--training.gradient_accumulation_steps=2"]
+    lazy, eager = plan_of(*twice), plan_of(*twice, "--parallelism.reduce_each_microbatch")
+    assert lazy.memory.gathered > 4 * lazy.parameters.total
+    assert eager.memory.gathered < lazy.memory.gathered
+
+
+def test_muon_keeps_one_moment_for_the_matrices_of_blocks():
+    adam, muon = plan_of(*TINY).memory.optimizer, plan_of(*TINY, "--optimizer.name=Muon")
+    names = [name for group in muon.groups for name in group.parameters if "layers" in name]
+    matrices = sum(
+        parameter.numel()
+        for group in muon.groups
+        if group.name == "matrices"
+        for parameter in group.parameters.values()
+    )
+    assert names and adam - muon.memory.optimizer == 4 * matrices > 0
+
+
+def test_offloading_moves_sharded_state_to_the_host():
+    here, there = plan_of(*TINY).memory, plan_of(*TINY, "--training.enable_cpu_offload").memory
+    assert there.offloaded == here.weights + here.gradients + here.optimizer
+    assert there.device == here.device - there.offloaded
+
+
+def test_tokens_and_flops_follow_the_layout():
+    plan = plan_of(*TINY, "--training.local_batch_size=4", "--training.global_batch_size=32", world=4)
+    assert plan.layout.accumulation == 2 and plan.tokens_per_step == 32 * 64
+    assert plan.tokens == plan.tokens_per_step * plan.steps
+    per_token = 6 * (plan.parameters.total - plan.parameters.embedding)
+    assert 0.9 * per_token < plan.flops_per_token < 1.5 * per_token
+
+
+def test_groups_are_those_of_the_optimizer():
+    plan = plan_of(*TINY)
+    assert sum(group.numel for group in plan.groups) == plan.parameters.total
+    assert {group.name for group in plan.groups} == {"decay", "no_decay"}
+
+
+def test_seven_billion_on_512_ranks_is_planned_without_memory(capsys):
+    overrides = ["--model.model_type=transformer", "--model.hidden_size=4096", "--model.num_hidden_layers=32"]
+    job = load_job(None, [*overrides, "--model.vocab_size=32000", "--training.virtual_shards=512"])
+    plan = make_plan(job, 512)
+    assert plan.parameters.total == 6738415616
+    text = render(plan)
+    for words in ("6,738,415,616", "512 ranks", "dp_shard=512", "no_decay", "together on the device"):
+        assert words in text
+
+
+def test_ranks_default_to_the_fewest_the_degrees_allow():
+    job = load_job(
+        None, [*TINY, "--parallelism.tensor_parallel_degree=2", "--parallelism.data_parallel_shard_degree=3"]
+    )
+    assert default_world_size(job) == 6 and default_world_size(load_job(None, TINY)) == 1
+
+
+def test_command_prints_text_or_json(tmp_path, capsys):
+    path = tmp_path / "job.toml"
+    path.write_text('[model]\nmodel_type = "gla"\nhidden_size = 64\nnum_heads = 2\n')
+    assert cli.main(["plan", str(path), "--world-size", "2", "--json", "--training.seq_len", "128"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["layout"]["dp_shard"] == 2 and figures["tokens_per_step"] == 2 * 8 * 128
+    assert cli.main(["plan", str(path), "--world-size", "3"]) == 2
+    assert "virtual_shards" in capsys.readouterr().err
