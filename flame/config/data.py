@@ -180,7 +180,7 @@ class Validation:
     """Steps between validations."""
 
     steps: int = 16
-    """Batches per rank and validation; -1 takes all of the data."""
+    """Global batches per validation, so that every number of ranks sees the same sequences; -1 takes all of the data."""
 
     dataset: list[str] | None = None
     """Data to validate on, as training.dataset. Absent, it is a part of the training data that training then never

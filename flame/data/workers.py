@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +117,18 @@ def _identity(row: Row | Failure) -> Row | Failure:
 
 def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A job that is asked to stop still needs its data until it has reached a step's end and saved.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    # A job that is asked to stop still needs its data until it has reached a step's end and saved. Schedulers signal
+    # every process of a job, so of these signals only a termination that comes from the training process counts.
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
+
+
+def _end_when_told_by(pid: int) -> None:
+    """Wait for a termination signal from process `pid`, then end this process at once."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != pid:
+        pass
+    os._exit(0)

@@ -1,6 +1,10 @@
 """The content of every step does not depend on ranks, workers, stops or resumes."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -83,12 +87,12 @@ def test_state_is_of_the_rows_handed_out_not_of_those_prepared(recipe):
 
 def test_state_is_small_however_long_the_documents(tmp_path):
     sources = mixture(tmp_path)
-    (tmp_path / "long.txt").write_text("long line " * 50_000)
+    (tmp_path / "long.txt").write_text("long line " * 10_000)
     from flame.data import SourceSettings
 
     recipe = recipe_of([*sources, SourceSettings(str(tmp_path / "long.txt"), weight=9)])
     loader = loader_of(recipe)
-    take(loader, 200)
+    take(loader, 100)
     assert max(len(json.dumps(entry)) for entry in loader.state_dict().values()) < 800
 
 
@@ -143,3 +147,55 @@ def test_rows_do_not_draw_from_the_global_random_state(recipe):
     take(loader, 2)
     loader.close()
     assert torch.equal(before, torch.get_rng_state())
+
+
+SIGNALLED = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from corpus import *
+import multiprocessing
+loader = loader_of(recipe_of(mixture(Path(sys.argv[1]))), workers=2)
+take(loader, 1)
+workers = [worker.pid for worker in multiprocessing.active_children()]
+for name in ("TERM", "INT", "USR1"):
+    subprocess.run(["kill", "-" + name, *map(str, workers)], check=True)
+assert [batch.row_numbers[0] for batch in take(loader, 40)] == list(range(1, 41))
+assert len(multiprocessing.active_children()) == len(workers) == 2
+print("served", *workers)
+if sys.argv[2] == "close":
+    loader.close()
+    assert not multiprocessing.active_children()
+elif sys.argv[2] == "fail":
+    raise SystemExit(3)
+elif sys.argv[2] == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "end,code", [("close", 0), ("fail", 3), pytest.param("leave", 0, marks=SLOW), pytest.param("die", -9, marks=SLOW)]
+)
+def test_workers_serve_through_a_schedulers_signals_and_end_with_their_job(tmp_path, end, code):
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(tmp_path), end], stdout=subprocess.PIPE, text=True, timeout=60,
+        cwd=os.path.dirname(__file__), env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == code
+    word, *workers = done.stdout.split()
+    assert word == "served"
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(is_alive, workers))
+
+
+def is_alive(pid: str) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -44,8 +44,8 @@ class LineFiles(IndexedSource):
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         line = index - int(self._first[number])
         start, end = self._offsets[number][line : line + 2]
-        data = self._map(number)[start:end].tobytes().strip()
-        if not data:
+        data = self._map(number)[start:end].tobytes().rstrip(b"\r\n")
+        if not data.strip():
             return ""
         try:
             text = data.decode("utf-8") if self._text_key is None else _text_of(json.loads(data), self._text_key)
