@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +70,8 @@ class DeltaHeadsConfig(ModelConfig):
 def init_decay(A_log: Tensor, dt_bias: Tensor, low: float = 0.0, high: float = 16.0) -> None:
     """A uniform in (low, high); dt_bias the inverse softplus of steps drawn log-uniformly from `STEP_RANGE`."""
     A_log.uniform_(low, high).clamp_(min=1e-6).log_()
-    first, last = torch.tensor(STEP_RANGE).log().tolist()
-    step = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(first, last).exp().clamp_(min=STEP_FLOOR)
+    low, high = (math.log(step) for step in STEP_RANGE)
+    step = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(low, high).exp().clamp_(min=STEP_FLOOR)
     dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 

@@ -207,7 +207,7 @@ class RWKV7Attention(Mixer):
         return v if self.layer_idx == 0 else v + (first - v) * torch.sigmoid(self.v_lora(x))
 
     def removal_key(self, k: Tensor) -> Tensor:
-        """Unit vectors [B, T, H, K]; the reference's fused norm adds its epsilon under the root, the other bounds the length."""
+        """Unit vectors [B, T, H, K]. The reference's fused norm adds epsilon under the root, the other bounds the length."""
         scaled = split_heads(k * self.k_k, self.config.heads)
         return l2_norm(scaled) if self.config.fuse_norm else F.normalize(scaled, dim=-1)
 
