@@ -1,6 +1,7 @@
 """Every system whose state is a decayed sum: golden agreement, decode, packing, backends, sizes, decay sets."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from properties import (
 )
 from safetensors import safe_open
 
+from flame.config import load_job
 from flame.errors import ConfigError
 from flame.models import build_model
 from flame.models.mixers.based import BasedLinearAttention
@@ -212,3 +214,33 @@ def test_gates_and_biases_do_not_decay():
 def test_impossible_configs_name_the_key(config, names):
     with pytest.raises(ConfigError, match=names):
         build_model({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, **config})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_weights_compute_and_keep_states_in_fp32(name):
+    model, ids = small_model(CONFIGS[name]), tokens(1, 40)
+    bounds = torch.tensor([0, 7, 30, 40], dtype=torch.int32)
+    exact = model(ids, cu_seqlens=bounds).logits.detach()
+    model = model.to(torch.bfloat16)
+    rounded = model(ids, cu_seqlens=bounds).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.06 * exact.norm()
+    model(ids, labels=ids, cu_seqlens=bounds).loss_sum.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids, cache=cache)
+    states = [value for layer in cache.layers for key, value in layer.items() if "state" in key]
+    assert states and all(state.dtype == torch.float32 for state in states)
+
+
+JOBS = Path(__file__).parents[2] / "train_configs"
+
+
+@pytest.mark.parametrize("size,low,high", [("340M", 300e6, 400e6), ("1.3B", 1.25e9, 1.45e9)])
+@pytest.mark.parametrize("system", [*MODELS, "based", "rebased"])
+def test_train_configs_have_the_size_in_their_name(system, size, low, high):
+    job = load_job(JOBS / f"{system}_{size}.toml", [])
+    assert job.model.keys["model_type"] == system
+    model = default_model(job.model.keys)
+    assert low < sum(p.numel() for p in model.parameters()) < high
