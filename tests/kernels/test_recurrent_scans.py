@@ -7,23 +7,27 @@ import torch
 
 from flame.errors import FlameError
 from flame.kernels.elementwise_scan import elementwise_scan, elementwise_scan_step, triton_scan
-from flame.kernels.log_gate import log_gate, log_gate_step
+from flame.kernels.log_gate import log_gate, log_gate_step, triton_gate
 from flame.kernels.selective_scan import ScanInputs, selective_scan, selective_scan_step
+from flame.kernels.selective_scan import triton_scan as selective_triton
 
 E, S = 5, 3
 PACKED = [0, 1, 1, 40, 40, 73, 73]  # a one-token document, empty ones inside and at the end
+SHORT = [0, 1, 1, 10, 10, 21, 21]  # the same for the interpreter, which walks the selective scan token by token
 
 
 def leaf(*shape, scale=1.0, dtype=torch.float64):
     return (torch.randn(*shape, dtype=dtype) * scale).requires_grad_()
 
 
-def boundaries(packed):
-    return torch.tensor(PACKED, dtype=torch.int32) if packed else None
+def boundaries(packed, length=73):
+    if not packed:
+        return None
+    return torch.tensor({73: PACKED, 21: SHORT}[length], dtype=torch.int32)
 
 
 def elementwise_case(length, packed, with_state, decay_scale=1.0, dtype=torch.float64):
-    cu = boundaries(packed)
+    cu = boundaries(packed, length)
     batch, rows = (1, len(PACKED) - 1) if packed else (2, 2)
     x, a = leaf(batch, length, E, dtype=dtype), leaf(batch, length, E, scale=decay_scale, dtype=dtype)
     h0 = leaf(rows, E, dtype=dtype) if with_state else None
@@ -36,7 +40,7 @@ def elementwise_case(length, packed, with_state, decay_scale=1.0, dtype=torch.fl
 
 
 def log_gate_case(length, packed, with_state, decay_scale=1.0, dtype=torch.float64):
-    cu = boundaries(packed)
+    cu = boundaries(packed, length)
     batch, rows = (1, len(PACKED) - 1) if packed else (2, 2)
     x = leaf(batch, length, 2, E, scale=3 * decay_scale, dtype=dtype)
     z0 = leaf(rows, 2, E, dtype=dtype) if with_state else None
@@ -50,7 +54,7 @@ def log_gate_case(length, packed, with_state, decay_scale=1.0, dtype=torch.float
 
 
 def selective_case(length, packed, with_state, decay_scale=1.0, dtype=torch.float64):
-    cu = boundaries(packed)
+    cu = boundaries(packed, length)
     batch, rows = (1, len(PACKED) - 1) if packed else (2, 2)
     x, dt, z = (leaf(batch, length, E, dtype=dtype) for _ in range(3))
     log_a = leaf(E, S, dtype=dtype)
@@ -69,7 +73,7 @@ def selective_case(length, packed, with_state, decay_scale=1.0, dtype=torch.floa
     return run, [x, dt, log_a, b, c] + ([z, d, bias, h0] if with_state else [])
 
 
-TRITON = ["elementwise", "log_gate"]
+TRITON = ["elementwise", "log_gate", "selective"]
 CASES = {"elementwise": elementwise_case, "log_gate": log_gate_case, "selective": selective_case}
 
 
@@ -110,11 +114,20 @@ def test_packed_chunked_equals_recurrent(op, with_state):
     assert_same(grads, expected_grads, 1e-11, "gradient")
 
 
+@pytest.fixture
+def short_stretches(monkeypatch):
+    """Tiles and checkpoints so small that a short row has several."""
+    monkeypatch.setattr(selective_triton, "CHECKPOINT", 8)
+    monkeypatch.setattr(triton_scan, "BLOCK_T", 8)
+    monkeypatch.setattr(triton_gate, "BLOCK_T", 8)
+
+
 @pytest.mark.parametrize("op", TRITON)
 @pytest.mark.parametrize("packed", [False, True])
-def test_triton_equals_recurrent(op, packed):
+@pytest.mark.parametrize("with_state", [False, True])
+def test_triton_equals_recurrent(op, packed, with_state, short_stretches):
     torch.manual_seed(0)
-    run, leaves = CASES[op](73, packed, True, dtype=torch.float32)
+    run, leaves = CASES[op](21, packed, with_state, dtype=torch.float32)
     expected, expected_grads = outputs_and_gradients(run, leaves, "reference")
     actual, grads = outputs_and_gradients(run, leaves, "triton")
     assert_same(actual, expected, 1e-5)
@@ -123,12 +136,12 @@ def test_triton_equals_recurrent(op, packed):
 
 @pytest.mark.parametrize("op", TRITON)
 @pytest.mark.parametrize("packed", [False, True])
-def test_triton_segments_join(op, packed, monkeypatch):
+def test_triton_segments_join(op, packed, monkeypatch, short_stretches):
     """A row cut into segments (small batches on a GPU) gives what one run over it gives."""
-    monkeypatch.setattr(triton_scan, "SHORTEST_SEGMENT", 32)
-    assert triton_scan.plan_segments(1, 150, 64).count == 3
+    monkeypatch.setattr(triton_scan, "SHORTEST_SEGMENT", 8)
+    assert triton_scan.plan_segments(1, 21, 8).count == 3
     torch.manual_seed(0)
-    run, leaves = CASES[op](73 if packed else 150, packed, True, dtype=torch.float32)
+    run, leaves = CASES[op](21, packed, True, dtype=torch.float32)
     expected, expected_grads = outputs_and_gradients(run, leaves, "reference")
     actual, grads = outputs_and_gradients(run, leaves, "triton")
     assert_same(actual, expected, 1e-5)
@@ -138,7 +151,8 @@ def test_triton_segments_join(op, packed, monkeypatch):
 @pytest.mark.parametrize("op,backend", [(op, "chunked") for op in CASES] + [(op, "triton") for op in TRITON])
 def test_strong_decay_stays_finite_and_right(op, backend):
     torch.manual_seed(0)
-    run, leaves = CASES[op](40, False, True, decay_scale=100.0, dtype=torch.float32)
+    length = 9 if (op, backend) == ("selective", "triton") else 40
+    run, leaves = CASES[op](length, False, True, decay_scale=100.0, dtype=torch.float32)
     expected, expected_grads = outputs_and_gradients(run, leaves, "reference")
     actual, grads = outputs_and_gradients(run, leaves, backend)
     assert_same(actual, expected, 1e-4)
@@ -187,13 +201,14 @@ def test_steps_continue_a_prefix():
 
 def test_triton_ops_are_well_registered():
     """Fake tensors, autograd registration and schema agree with the kernels, so that torch.compile may see them."""
-    from flame.kernels.log_gate import triton_gate
-
     cu = torch.tensor([0, 3, 9], dtype=torch.int32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x, a, h0 = leaf(1, 9, E, dtype=torch.float32), leaf(1, 9, E, dtype=torch.float32), leaf(2, E, dtype=torch.float32)
     torch.library.opcheck(triton_scan._scan, (x, a, h0, cu), test_utils=checks)
     torch.library.opcheck(triton_gate._gate, (x, None, cu), test_utils=checks)
+    a_log, state = -torch.rand(E, S), torch.zeros(2, E, S)
+    b, d = torch.randn(1, 9, S), torch.randn(E)
+    torch.library.opcheck(selective_triton._scan, (x, a, a_log, b, b, d, x, d, state, cu), test_utils=checks)
 
 
 def test_wrong_shapes_are_refused():

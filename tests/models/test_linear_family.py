@@ -1,6 +1,7 @@
 """Every system whose state is a decayed sum: golden agreement, decode, packing, backends, sizes, decay sets."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,17 @@ from properties import (
 )
 from safetensors import safe_open
 
+from flame.config import load_job
 from flame.errors import ConfigError
 from flame.models import build_model
 from flame.models.mixers.based import BasedLinearAttention
+from flame.models.mixers.hgrn import HGRN
+from flame.models.mixers.lightnet import LightNetAttention
+from flame.models.mixers.mamba2 import Mamba2
 from flame.models.mixers.rebased import ReBasedLinearAttention
+from flame.models.mixers.rodimus import Rodimus
+from flame.models.mixers.rwkv6 import RWKV6Attention
+from flame.models.mixers.samba import SambaMixer
 
 CONFIGS = {
     "retnet": {"model_type": "retnet", "num_heads": 2},
@@ -183,6 +191,50 @@ def test_flops_grow_with_the_model_and_not_with_short_sequences(model_type):
     assert model.flops_per_token(4096) == flops or hybrid
 
 
+def test_initial_weights_follow_the_papers():
+    def parameters(**config):
+        return dict(small_model({"hidden_size": 64, "initializer_range": 0.02, **config}).named_parameters())
+
+    mamba = parameters(model_type="mamba", dt_min=0.01, dt_max=0.02)
+    prefix = "backbone.layers.0.mixer."
+    step = torch.nn.functional.softplus(mamba[prefix + "dt_proj.bias"])
+    assert step.min() > 0.0099 and step.max() < 0.0201
+    torch.testing.assert_close(mamba[prefix + "A_log"][3].exp(), torch.arange(1.0, 17.0))
+    assert 0.4 < mamba[prefix + "conv1d.weight"].abs().max() <= 0.5
+    assert mamba[prefix + "dt_proj.weight"].abs().max() <= 4**-0.5
+
+    mamba2 = parameters(model_type="mamba2", head_dim=8, A_init_range=[2.0, 4.0])
+    assert mamba2[prefix + "A_log"].exp().min() >= 2 and mamba2[prefix + "A_log"].exp().max() <= 4
+    assert mamba2[prefix + "out_proj.weight"].abs().max() <= (128 * 2) ** -0.5
+
+    rwkv6 = parameters(model_type="rwkv6", num_heads=2)
+    assert not rwkv6["model.layers.0.attn.w_proj.linear.lora.0.weight"].any()  # every log decay starts at -1
+    loras = rwkv6["model.layers.0.attn.w_proj.linear.lora.2.weight"]  # [32, 64]: rows orthogonal, longer for more columns
+    torch.testing.assert_close(loras @ loras.T, torch.eye(32) * 0.02, atol=1e-6, rtol=0)
+
+    rodimus = parameters(model_type="rodimus", block_type="rodimus")
+    share = torch.sigmoid(rodimus["model.layers.0.mixer.tau_gate_proj.bias"])
+    assert share.min() > 1 / 16 - 1e-6 and share.max() < 0.9 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "mixer,options",
+    [
+        (HGRN, {}),
+        (LightNetAttention, {"expand_ratio": 16}),
+        (SambaMixer, {}),
+        (Mamba2, {"head_dim": 16}),
+        (RWKV6Attention, {"num_heads": 2}),
+        (Rodimus, {}),
+    ],
+)
+def test_mixers_work_alone_in_any_torch_model(mixer, options):
+    layer = mixer(hidden_size=32, **options)
+    assert layer(torch.randn(2, 11, 32)).shape == (2, 11, 32)
+    with pytest.raises(ConfigError, match="hiden_size"):
+        mixer(hiden_size=32)
+
+
 def test_gates_and_biases_do_not_decay():
     mamba = small_model(CONFIGS["mamba"]).no_weight_decay()
     assert {"backbone.layers.0.mixer.A_log", "backbone.layers.0.mixer.D", "backbone.norm_f.weight"} <= mamba
@@ -212,3 +264,33 @@ def test_gates_and_biases_do_not_decay():
 def test_impossible_configs_name_the_key(config, names):
     with pytest.raises(ConfigError, match=names):
         build_model({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, **config})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_weights_compute_and_keep_states_in_fp32(name):
+    model, ids = small_model(CONFIGS[name]), tokens(1, 40)
+    bounds = torch.tensor([0, 7, 30, 40], dtype=torch.int32)
+    exact = model(ids, cu_seqlens=bounds).logits.detach()
+    model = model.to(torch.bfloat16)
+    rounded = model(ids, cu_seqlens=bounds).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 0.06 * exact.norm()
+    model(ids, labels=ids, cu_seqlens=bounds).loss_sum.backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids, cache=cache)
+    states = [value for layer in cache.layers for key, value in layer.items() if "state" in key]
+    assert states and all(state.dtype == torch.float32 for state in states)
+
+
+JOBS = Path(__file__).parents[2] / "train_configs"
+
+
+@pytest.mark.parametrize("size,low,high", [("340M", 300e6, 400e6), ("1.3B", 1.25e9, 1.45e9)])
+@pytest.mark.parametrize("system", [*MODELS, "based", "rebased"])
+def test_train_configs_have_the_size_in_their_name(system, size, low, high):
+    job = load_job(JOBS / f"{system}_{size}.toml", [])
+    assert job.model.keys["model_type"] == system
+    model = default_model(job.model.keys)
+    assert low < sum(p.numel() for p in model.parameters()) < high

@@ -1,8 +1,8 @@
 """Log-normaliser gate on a GPU.
 
 The scan runs over the *previous* logits, so that a tile holds z_{t-1} without looking at its neighbours; a document
-start is an element that forgets what came before it and holds the initial state. The backward is the linear reverse
-scan of the elementwise scan, from the saved outputs alone. Segments as in the elementwise scan.
+start is an element that forgets what came before it and holds the initial state. Inside, logarithms are base 2. The
+backward is the linear reverse scan of the elementwise scan, from the saved outputs alone. Segments as there.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ BLOCK_T, BLOCK_F = 64, 32
 
 @triton.jit
 def _logaddexp(x, y):
-    top = tl.maximum(x, y)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    return safe + tl.log(tl.exp(x - safe) + tl.exp(y - safe))
+    """Base 2: the GPU's own exponential and logarithm. -inf with -inf is -inf."""
+    top, low = tl.maximum(x, y), tl.minimum(x, y)
+    return top + tl.log2(1.0 + tl.where(low == float("-inf"), 0.0, tl.exp2(low - top)))
 
 
 @triton.jit
@@ -62,6 +62,8 @@ def _forward_kernel(
     HAS_IDS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_CARRY: tl.constexpr, SUMMARY: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
     f = tl.program_id(0) * BF + tl.arange(0, BF)
     b = (tl.program_id(1) // NS).to(tl.int64)
     segment = tl.program_id(1) % NS
@@ -84,9 +86,9 @@ def _forward_kernel(
             start = start | (inside & (doc != tl.load(ids + t - 1, mask=inside & (t > 0), other=0)))
             ending = ending | (inside & (doc != tl.load(ids + t + 1, mask=t < T - 1, other=0)))
         at_state = doc[:, None] * F + f[None, :]
-        previous = tl.load(x + at - F, mask=mask & (~start)[:, None], other=float("-inf")).to(tl.float32)
+        previous = tl.load(x + at - F, mask=mask & (~start)[:, None], other=float("-inf")).to(tl.float32) * LOG2E
         if HAS_INITIAL:
-            opened = tl.load(initial + at_state, mask=mask & start[:, None], other=float("-inf"))
+            opened = tl.load(initial + at_state, mask=mask & start[:, None], other=float("-inf")) * LOG2E
             previous = tl.where(start[:, None], opened, previous)
         flags = tl.where(start[:, None], 1.0, 0.0) + tl.zeros([BT, BF], tl.float32)
         seen, before = tl.associative_scan((flags, previous), 0, _restart_combine)
@@ -95,11 +97,11 @@ def _forward_kernel(
         if SUMMARY:
             restarted = tl.maximum(restarted, tl.max(seen, 0))
         else:
-            logits = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+            logits = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * LOG2E
             z = _logaddexp(before, logits)
-            tl.store(weight + at, tl.exp(logits - z).to(weight.dtype.element_ty), mask=mask)
-            tl.store(log_decay + at, tl.where(before == float("-inf"), 0.0, before - z), mask=mask)
-            tl.store(final + at_state, z, mask=mask & ending[:, None])
+            tl.store(weight + at, tl.exp2(logits - z).to(weight.dtype.element_ty), mask=mask)
+            tl.store(log_decay + at, tl.where(before == float("-inf"), 0.0, (before - z) * LN2), mask=mask)
+            tl.store(final + at_state, z * LN2, mask=mask & ending[:, None])
     if SUMMARY:
         at_segment = (b * NS + segment) * F + f
         tl.store(restarts + at_segment, restarted, mask=f_mask)

@@ -55,8 +55,12 @@ def selective_scan(  # noqa: PLR0913
     """
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     inputs.check()
-    chosen = select_backend(x, backend, ("chunked", "reference"))
-    if chosen == "chunked":
+    chosen = select_backend(x, backend)
+    if chosen == "triton":
+        from flame.kernels.selective_scan.triton_scan import selective_scan_triton
+
+        y, final = selective_scan_triton(inputs)
+    elif chosen == "chunked":
         y, final = selective_scan_chunked(inputs, output_final_state)
     else:
         y, final = selective_scan_reference(inputs)

@@ -21,7 +21,8 @@ from flame.models.registry import System, register
 @dataclass(kw_only=True)
 class GSAConfig(ModelConfig):
     """`num_slots` None means as many as key channels a head. The reference spells its arguments `exapnd_k` and
-    `exapnd_v`; either spelling is taken. `clamp_*`, `use_output_gate` and `use_norm` change nothing."""
+    `exapnd_v`; either spelling is taken. `clamp_*`, `use_output_gate`, `use_norm`, `use_rope` and `share_conv_kernel`
+    change nothing."""
 
     model_type: ClassVar[str] = "gsa"
 
@@ -40,6 +41,8 @@ class GSAConfig(ModelConfig):
     feature_map: Literal["swish", "silu", "relu", "t2r"] | None = "swish"
     use_output_gate: bool = False
     use_norm: bool = True
+    use_rope: bool = False
+    share_conv_kernel: bool = True
     attn_mode: str = "chunk"
 
     def __post_init__(self) -> None:

@@ -24,7 +24,8 @@ from flame.models.registry import Names, System, register
 class MambaConfig(ModelConfig):
     """`intermediate_size` is always expand * hidden_size; `dt_rank` 'auto' is hidden_size / 16, rounded up.
 
-    `residual_in_fp32` keeps the residual stream in fp32 whatever the weights' dtype.
+    `residual_in_fp32` keeps the residual stream in fp32 whatever the weights' dtype. The `time_step_*` keys and `rms_norm`
+    stand in config files of earlier releases of the reference; as there, they change nothing.
     """
 
     model_type: ClassVar[str] = "mamba"
@@ -46,6 +47,13 @@ class MambaConfig(ModelConfig):
     dt_init_floor: float = 1e-4
     residual_in_fp32: bool = False
     rescale_prenorm_residual: bool = False
+    time_step_rank: int | str | None = None
+    time_step_scale: float | None = None
+    time_step_min: float | None = None
+    time_step_max: float | None = None
+    time_step_init_scheme: str | None = None
+    time_step_floor: float | None = None
+    rms_norm: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,8 @@ from flame.models.registry import System, register
 
 @dataclass(kw_only=True)
 class Mamba2Config(ModelConfig):
-    """`num_heads` is expand * hidden_size / head_dim; a given value must equal it. `chunk_size` changes nothing."""
+    """`num_heads` is expand * hidden_size / head_dim; a given value must equal it. `chunk_size` changes nothing, nor do
+    `time_step_*` and `rms_norm`, which stand in config files of earlier releases of the reference."""
 
     model_type: ClassVar[str] = "mamba2"
 
@@ -57,6 +58,12 @@ class Mamba2Config(ModelConfig):
     rmsnorm: bool = True
     norm_before_gate: bool = False
     chunk_size: int = 256
+    time_step_rank: int | str | None = None
+    time_step_min: float | None = None
+    time_step_max: float | None = None
+    time_step_floor: float | None = None
+    time_step_limit: list[float] | None = None
+    rms_norm: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

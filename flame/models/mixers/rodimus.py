@@ -14,7 +14,7 @@ from flame.kernels.normalization import gated_rms_norm, l2_norm
 from flame.kernels.rotary import rotary
 from flame.kernels.softmax_attention import softmax_attention
 from flame.models.block import Block
-from flame.models.config import ModelConfig
+from flame.models.config import AttentionLayers, ModelConfig
 from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.mixers.mamba import WideStreamBackbone, init_step_bias, weight_dtype
@@ -27,13 +27,26 @@ GAIN = 2**-2.5
 
 @dataclass
 class SharedKeyOptions:
-    """Window attention of Rodimus+, whose heads share one key."""
+    """Window attention of Rodimus+, whose heads share one key. `head_dim` follows from `num_heads`."""
 
     num_heads: int
     qkv_bias: bool = False
     qk_norm: bool = False
     window_size: int | None = 1024
     rope_theta: float = 10000.0
+    head_dim: int | None = None
+
+
+@dataclass
+class HybridLayers(AttentionLayers):
+    """`attn` entry as the reference writes it for Rodimus: its `qk_norm` changes nothing."""
+
+    qk_norm: bool = False
+
+    def mixer_options(self) -> dict[str, Any]:
+        options = super().mixer_options()
+        del options["qk_norm"]
+        return options
 
 
 @dataclass(kw_only=True)
@@ -49,6 +62,7 @@ class RodimusConfig(ModelConfig):
     hidden_ratio: int | float | None = 4 / 3
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
+    attn: HybridLayers | list[HybridLayers] | None = None  # type: ignore[assignment]
     bos_token_id: int | None = 126080
     eos_token_id: int | None = 126081
     block_type: Literal["rodimus", "rodimus_plus"] = "rodimus_plus"
@@ -66,7 +80,9 @@ class RodimusConfig(ModelConfig):
         super().__post_init__()
         self.require(self.attnres_block_size is None, "attnres_block_size", "does not exist for Rodimus blocks")
         self.require(self.use_short_conv, "use_short_conv", "must be true: the gates read the convolved tokens")
-        self.require(self.hidden_size % self.shared_key.num_heads == 0, "ska_attn", "has heads that are not whole")
+        heads, head_dim = self.shared_key.num_heads, self.shared_key.head_dim
+        self.require(self.hidden_size % heads == 0, "ska_attn", "has heads that are not whole")
+        self.require(head_dim in (None, self.hidden_size // heads), "ska_attn", "has a head_dim that does not fit")
 
     @property
     def shared_key(self) -> SharedKeyOptions:
@@ -209,9 +225,10 @@ class RodimusBlock(Block):
             self.add_window_attention(config)
 
     def add_window_attention(self, config: RodimusConfig) -> None:
-        options = config.derive(TransformerConfig, {**vars(config.shared_key), "num_kv_heads": 1})
+        options = {key: value for key, value in vars(config.shared_key).items() if key != "head_dim"}
+        attention = config.derive(TransformerConfig, {**options, "num_kv_heads": 1})
         self.ska_attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ska_attn = SharedKeyAttention(options, self.layer_idx)  # type: ignore[arg-type]
+        self.ska_attn = SharedKeyAttention(attention, self.layer_idx)  # type: ignore[arg-type]
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config)
 

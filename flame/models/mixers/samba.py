@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from flame.models.config import AttentionLayers, ModelConfig
 from flame.models.mixers.mamba import Mamba, MambaConfig, StateSpaceBackbone, check_state_space
 from flame.models.registry import Names, System, register
+from flame.schema import build
 
 ODD_LAYERS = list(range(1, 18, 2))
 
@@ -85,7 +86,7 @@ class SambaMixer(Mamba):
     config_class: ClassVar[type[ModelConfig]] = SambaConfig
 
     def __init__(self, config: SambaConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
-        own = SambaConfig(**options) if config is None else config
+        own = build(SambaConfig, options, "SambaMixer") if config is None else config
         super().__init__(own.mamba(), layer_idx)
 
 
