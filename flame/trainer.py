@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from flame.config import JobConfig, model_values, to_toml
 from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, load_tokenizer
 from flame.data.build import global_batch_size
 from flame.errors import CheckpointError
+from flame.evaluation.generate import Sampling, generate_text
+from flame.metrics import MetricsLogger, Profiler, Throughput
 from flame.models.config import ModelConfig
 from flame.models.hf import DTYPES, export_model
 from flame.models.registry import resolve_config
@@ -21,6 +24,7 @@ from flame.optim.build import build_optimizer
 from flame.optim.groups import describe_groups
 from flame.parallel.agreement import Agreement, StopRequest
 from flame.parallel.distributed import World, set_timeouts
+from flame.parallel.fsdp import reshard
 from flame.parallel.mesh import build_mesh
 from flame.parallel.parallelize import build_sharded_model, degrees_of
 from flame.progress import Progress, RandomState
@@ -50,6 +54,7 @@ class Trainer:
 
         rank, size = self.mesh.data_rank, self.mesh.data_size
         self.rows_per_step = global_batch_size(job, size)
+        self.tokens_per_step = self.rows_per_step * job.training.seq_len
         self.tokenizer = load_tokenizer(job)
         self.loader = build_loader(job, self.tokenizer, rank, size)
         self.batches = iter(self.loader)
@@ -63,6 +68,7 @@ class Trainer:
 
         self.progress = Progress()
         self.checkpoints = self.build_checkpoints()
+        self.throughput = Throughput(self.model.flops_per_token(job.training.seq_len), world.size, world.device)
         self.agreement = Agreement(world.control, 2)
         self.stop_request = StopRequest()
         self.stopped = False
@@ -96,12 +102,14 @@ class Trainer:
             self.save()
             self.stopped = True
         garbage = GarbageCollection(self.job.training.gc_freq)
-        while self.progress.step < self.job.training.steps and not self.stopped:
-            try:
-                self.after_step(self.train_step())
-            except NonFiniteStep as error:
-                self.roll_back(error)
-            garbage.collect_if_due(self.progress.step)
+        with Profiler(self.job.profiling, self.folder, self.world.rank, self.world.device) as profiler:
+            while self.progress.step < self.job.training.steps and not self.stopped:
+                try:
+                    self.after_step(self.train_step())
+                except NonFiniteStep as error:
+                    self.roll_back(error)
+                garbage.collect_if_due(self.progress.step)
+                profiler.step()
         garbage.stop()
         self.finish()
 
@@ -114,13 +122,15 @@ class Trainer:
         if step not in self.progress.left_out:
             result = self.step(batches, step)
         self.progress.step = step
-        self.progress.tokens += self.rows_per_step * self.job.training.seq_len
+        self.progress.tokens += self.tokens_per_step
+        self.metrics.step_done(step, self.tokens_per_step)
         return result
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of one step, on its device."""
         count = self.rows_per_step // (self.job.training.local_batch_size * self.mesh.data_size)
-        batches = [next(self.batches) for _ in range(count)]
+        with self.throughput.waiting_for_data():
+            batches = [next(self.batches) for _ in range(count)]
         return [batch.to(self.world.device, non_blocking=True) for batch in batches]
 
     def after_step(self, result: StepResult | None) -> None:
@@ -134,6 +144,8 @@ class Trainer:
         if self.validator is not None and (step % self.job.validation.freq == 0 or step == steps):
             self.validate()
         self.stopped = stop and step < steps
+        if self.job.generation.freq and step % self.job.generation.freq == 0 and step < steps:
+            self.sample()
         if stop or by_time or step == steps or self.save_is_due(step):
             self.save()
 
@@ -143,6 +155,8 @@ class Trainer:
         if loaded is not None:
             logger.info("Resumed from step %d, after %s tokens.", loaded, f"{self.progress.tokens:,}")
         self.first_step = self.progress.step + 1
+        done, config = self.progress.step, asdict(self.job)
+        self.metrics = MetricsLogger(self.job, self.folder, self.throughput, done, self.world.is_main, config)
         if self.validator is not None and not self.progress.first_validation:
             self.validate()
 
@@ -168,6 +182,7 @@ class Trainer:
             return
         saved = self.checkpoints.save(self.progress.step, last=self.progress.step == self.job.training.steps)
         self.saved_at = time.monotonic()
+        self.throughput.restart()
         if self.stopped and not saved:
             raise CheckpointError("asked to stop, and the state could not be saved; see the messages above.")
 
@@ -186,6 +201,7 @@ class Trainer:
         loaded = self.checkpoints.load()
         if loaded is None:
             raise NonFiniteStep(error.step, f"{error} There is no checkpoint to go back to.") from error
+        self.metrics.last_step = loaded
         self.guard.reset()
         self.optimizer.zero_grad()
         logger.warning("step %d was not finite: back at step %d, that step's data will be left out", error.step, loaded)
@@ -195,7 +211,9 @@ class Trainer:
         self.guard.check()
         figures = torch.stack([result.loss, result.grad_norm.to(result.loss), result.learning_rate.to(result.loss)])
         loss, norm, lr = figures.tolist()
-        logger.info("step %d loss %.4f grad_norm %.3f lr %.3g", self.progress.step, loss, norm, lr)
+        self.metrics.log(
+            self.progress.step, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": self.progress.tokens}
+        )
 
     def validate(self) -> None:
         """Evaluate on held-out data and remember the first and the latest figures."""
@@ -206,7 +224,9 @@ class Trainer:
         figures = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
         self.progress.first_validation = self.progress.first_validation or figures
         self.progress.last_validation = figures
-        logger.info("step %d validation: %s", self.progress.step, result)
+        self.metrics.write(self.progress.step, {f"validation/{name}": value for name, value in figures.items()})
+        logger.info("step: %5d  validation: %s", self.progress.step, result)
+        self.throughput.restart()
 
     def expect_speed(self, running: bool) -> None:
         """Once compiled and running, a collective that does not come back soon is a lost rank; elsewhere it may be slow."""
@@ -215,18 +235,32 @@ class Trainer:
         set_timeouts(seconds, [self.mesh.data_group, *self.mesh.device_mesh.get_all_groups()])
 
     def finish(self) -> None:
-        """Wait for the last checkpoint; at the end of the job, export the model and say how it went."""
+        """Wait for the last checkpoint; at the end of the job, export the model, sample from it and say how it went."""
         self.checkpoints.close()
         self.loader.close()
         self.stop_request.restore()
+        self.metrics.close()
         if self.stopped:
             logger.info("Stopped after step %d. The same command continues from there.", self.progress.step)
             return
+        self.expect_speed(False)
         if self.job.checkpoint.last_save_in_hf:
-            self.expect_speed(False)
             self.export()
+        self.sample()
         if self.progress.first_validation:
             logger.info("Validation loss: %s", compare(self.progress.first_validation, self.progress.last_validation))
+
+    def sample(self) -> None:
+        """Continue the job's prompts with the weights as they are, on all ranks together."""
+        section = self.job.generation
+        sampling = Sampling(section.max_new_tokens, section.temperature, seed=self.job.debug.seed)
+        for prompt in section.prompts:
+            # Decoding compiles badly: every length would be a new shape.
+            with torch.compiler.set_stance("force_eager"):
+                text = generate_text(self.model, self.tokenizer, prompt, sampling)
+            logger.info("Sample: %s", text)
+        reshard(self.model)
+        self.throughput.restart()
 
     def export(self) -> None:
         """Write the model and its tokenizer as a Hugging Face folder."""
