@@ -22,21 +22,32 @@ def main(args: argparse.Namespace) -> int:
     """Run the job; 0 when it is done or was asked to stop, 1 when it could not go on."""
     # Read when torch loads its threads. Spinning threads that wait for one another on busy cores are 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    start_logging()
+    try:
+        run(args.job, args.overrides)
+    except FlameError as error:
+        # No waiting for other ranks here: those that have not met the error wait in vain for this one.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def run(path: str, overrides: list[str]) -> None:
+    """Train the job in file `path`; under torchrun, an error of any rank shows up in its summary."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from flame.config import load_job
     from flame.parallel import distributed
     from flame.trainer import Trainer
 
-    start_logging()
-    try:
-        job = load_job(args.job, args.overrides)
-        world = distributed.initialize(job.comm.init_timeout_seconds)
+    @record
+    def train() -> None:
+        job = load_job(path, overrides)
+        world = distributed.initialize(job.comm)
         Trainer(job, world).train()
-    except FlameError as error:
-        # Every rank meets the same error; ranks that do not would wait in vain for this one, so leave at once.
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    distributed.shut_down()
-    return 0
+        distributed.shut_down()
+
+    train()
 
 
 def start_logging() -> None:

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from flame.config.sections import Comm
 from flame.errors import FlameError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -75,20 +76,22 @@ def make_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"flame/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def initialize(timeout_seconds: float) -> World:
+def initialize(options: Comm) -> World:
     """Join the process group described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Without those variables this is the only process.
 
     Args:
-        timeout_seconds: for collectives until `set_timeouts`; long enough for compilation in the first step.
+        options: the [comm] section. Its `init_timeout_seconds` holds until `set_timeouts`, and has to be long enough for
+            compilation in the first step.
     """
     rank, size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
     local_rank = environment_number("LOCAL_RANK", 0)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     device = choose_device(local_rank)
-    timeout = timedelta(seconds=timeout_seconds)
+    record_flight(options.trace_buf_size)
+    timeout = timedelta(seconds=options.init_timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=make_store(rank, size, timeout),
@@ -99,6 +102,16 @@ def initialize(timeout_seconds: float) -> World:
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, local_rank, size, device, control)
+
+
+def record_flight(collectives: int) -> None:
+    """Have NCCL remember its last collectives and write them down when one times out; 0 leaves it off.
+
+    NCCL's process group reads these when it is made. Older releases of torch know the second name.
+    """
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, str(collectives))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1" if collectives else "0")
 
 
 def die_with_parent() -> None:

@@ -39,31 +39,79 @@ def undisturbed(tmp_path_factory):
     return {world_size: finished(folder, world_size)[0] for world_size, folder in folders.items()}
 
 
-@pytest.mark.parametrize("world_size, victims", [(1, [0]), (2, [1]), (2, [0, 1])])
+@pytest.mark.parametrize("world_size, victims", [(1, [0]), (2, [1]), pytest.param(2, [0, 1], marks=pytest.mark.slow)])
 def test_a_killed_job_continues_to_bitwise_the_same_weights(world_size, victims, undisturbed, tmp_path):
     job = write_job(tmp_path)
     step = random.Random(f"{world_size}{victims}").randrange(5, 12)
     run = Run(tmp_path, [job], world_size)
-    run.wait_for(f"step {step} ")
+    run.wait_for(f"step: {step:5} ")
     run.kill(victims)
     codes = run.wait()
     assert all(codes[rank] == -signal.SIGKILL for rank in victims) and all(codes)
     weights, log = finished(tmp_path, world_size)
-    assert "Resumed from step" in log and "step 1 loss" not in log
+    assert "Resumed from step" in log and "step:     1  loss" not in log
     assert_bitwise(weights, undisturbed[world_size])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_saves_and_exits_zero(number, undisturbed, tmp_path):
     job = write_job(tmp_path)
     run = Run(tmp_path, [job], 2)
-    run.wait_for("step 6 ")
+    run.wait_for("step:     6 ")
     run.kill([1], number)
     assert run.wait() == [0, 0]
-    assert "step 12 " not in run.text()
+    assert "step:    12 " not in run.text()
     weights, log = finished(tmp_path, 2)
-    assert "Resumed from step" in log and "step 6 loss" not in log
+    assert "Resumed from step" in log and "step:     6  loss" not in log
     assert_bitwise(weights, undisturbed[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_a_job_killed_while_saving_in_the_background_continues_bitwise(mode, undisturbed, tmp_path):
+    job = write_job(tmp_path)
+    run = Run(tmp_path, [job, "--checkpoint.async_mode", mode, "--checkpoint.interval", "2"], 2)
+    run.wait_for("step:     9 ")
+    run.kill()
+    run.wait()
+    weights, log = finished(tmp_path, 2, "--checkpoint.async_mode", mode, "--checkpoint.interval", "2")
+    assert "Resumed from step" in log
+    assert_bitwise(weights, undisturbed[2])
+
+
+def test_a_job_continues_on_another_number_of_ranks(undisturbed, tmp_path):
+    write_job(tmp_path)
+    run = Run(tmp_path, [tmp_path / "job.toml"], 1)
+    run.wait_for("step:     6 ")
+    run.kill([0], signal.SIGTERM)
+    assert run.wait() == [0]
+    weights, log = finished(tmp_path, 2)
+    assert "Resumed from step" in log
+    for name, expected in undisturbed[1].items():
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_checkpoints_follow_the_clock(tmp_path):
+    job = write_job(tmp_path)
+    run = Run(tmp_path, [job, "--checkpoint.interval", "0", "--checkpoint.interval_minutes", "0.000001"], 2)
+    assert run.wait() == [0, 0], run.text()
+    steps = {int(path.name.split("-")[1]) for path in (tmp_path / "run/checkpoint").glob("step-*")}
+    assert len(steps) > 5  # one nearly every step
+
+
+@pytest.mark.slow
+def test_a_seed_checkpoint_starts_another_run_with_its_weights(undisturbed, tmp_path):
+    job = write_job(tmp_path)
+    assert Run(tmp_path, [job, "--checkpoint.create_seed_checkpoint", "true", "--debug.seed", "7"]).wait() == [0]
+    seed = tmp_path / "run/checkpoint/step-0"
+    again = Run(tmp_path, [job, "--debug.seed", "7", "--job.dump_folder", str(tmp_path / "run")])
+    assert again.wait() == [0] and "Resumed from step 0" in again.text()
+    other = Run(
+        tmp_path, [job, "--job.dump_folder", str(tmp_path / "other"), "--checkpoint.initial_load_path", str(seed)]
+    )
+    assert other.wait() == [0]
+    assert "Resumed" not in other.text() and "Validation loss" in other.text()
 
 
 def poison_step_7(rank):
@@ -93,14 +141,16 @@ def test_stop_ends_the_run_with_a_clear_message_and_good_checkpoints(undisturbed
     assert_bitwise(weights, undisturbed[2])
 
 
+@pytest.mark.slow
 def test_rollback_returns_to_the_checkpoint_and_leaves_the_step_out(tmp_path):
     write_job(tmp_path)
     weights, log = finished(tmp_path, 2, "--training.nan_policy", "rollback", prepare=poison_step_7)
-    assert "back at step 4" in log and log.count("step 6 loss") == 2 and "step 12 loss" in log
+    assert "back at step 4" in log and log.count("step:     6  loss") == 2 and "step:    12  loss" in log
     assert weights["lr_scheduler.updates"] == 11
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
+@pytest.mark.slow
 def test_skip_drops_the_step_like_rollback_does(tmp_path):
     rolled, skipped = tmp_path / "rolled", tmp_path / "skipped"
     results = []
@@ -111,6 +161,7 @@ def test_skip_drops_the_step_like_rollback_does(tmp_path):
     assert_bitwise(*results)
 
 
+@pytest.mark.slow
 def test_rollback_without_a_checkpoint_is_an_error(tmp_path):
     job = write_job(tmp_path)
     run = Run(tmp_path, [job, "--training.nan_policy", "rollback", "--checkpoint.interval", "0"], 2, poison_step_7)
