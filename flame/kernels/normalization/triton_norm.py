@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels.layout import processors, rows
+from flame.kernels.triton_sum import sum_partials
 
 
 @triton.jit
@@ -139,7 +140,9 @@ class Tile:
 def default_tile(C: int, backward: bool) -> Tile:
     """The measured choice on Hopper; any is right."""
     warps = 4 if C <= 4096 else 8 if C <= 8192 else 16 if C <= 16384 else 32
-    return Tile(2048 if backward else 4096, warps)
+    if not backward:
+        return Tile(2048, warps)
+    return Tile(8192, max(8, warps), programs=2) if C > 512 else Tile(1024, warps, programs=8)
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,6 @@ def backward(
     return (
         dx,
         x.new_empty(0) if dgate is None else dgate,
-        x.new_empty(0) if weight is None or dweight is None else dweight.sum(0).to(weight.dtype),
-        x.new_empty(0) if bias is None or dbias is None else dbias.sum(0).to(bias.dtype),
+        x.new_empty(0) if weight is None or dweight is None else sum_partials(dweight, weight.dtype),
+        x.new_empty(0) if bias is None or dbias is None else sum_partials(dbias, bias.dtype),
     )

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels.short_convolution import chunked
+from flame.kernels.triton_sum import sum_partials
 
 WIDEST = 4
 
@@ -260,9 +261,7 @@ class Tile:
 def default_tile(T: int, C: int, backward: bool) -> Tile:
     """The measured choice on Hopper; any is right."""
     widest = triton.next_power_of_2(C)
-    if backward:
-        return Tile(64, min(512, widest), 4)
-    return Tile(64, min(512, widest), 2)
+    return Tile(128 if backward else 32, min(512, widest), 4)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -309,9 +308,9 @@ def backward(
         T, C, N, x.stride(0), x.stride(1),
         SILU=silu, W=W, STEPS=N.bit_length(), SEGMENT=tile.segment, BLOCK=tile.block, num_warps=tile.warps,
     )  # fmt: skip
-    taps = dweight.sum(0)[:W].flip(0).t().to(weight.dtype).contiguous()
+    taps = sum_partials(dweight, weight.dtype, planes=W)
     dstate = x.new_empty(0) if state is None else state_gradient(dy, x, weight, bias, state, cu_seqlens, silu)
-    return dx, taps, x.new_empty(0) if bias is None or dbias is None else dbias.sum(0).to(bias.dtype), dstate
+    return dx, taps, x.new_empty(0) if bias is None or dbias is None else sum_partials(dbias, bias.dtype), dstate
 
 
 def state_gradient(
