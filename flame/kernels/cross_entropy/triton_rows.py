@@ -8,12 +8,14 @@ memory sees one read and one write of the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels import tiles
 from flame.kernels.cross_entropy.options import Statistics, Terms
 
 _IGNORED = tl.constexpr(-100)
@@ -145,20 +147,18 @@ def rows_kernel(
             tl.store(out + index * out_stride + column, grad, mask=column < V_padded)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Columns read at a time (a power of two, at least 8), warps of a program, tiles in flight."""
-
-    block: int
-    warps: int
-    unroll: int = 1
+@lru_cache(maxsize=64)
+def tile_key(vocabulary: int) -> str:
+    """Key of the row kernel's tile."""
+    return tiles.key("rows", V=triton.next_power_of_2(vocabulary))
 
 
-def default_tile(vocabulary: int) -> Tile:
-    """The measured choice on Hopper; any is right."""
+@lru_cache(maxsize=64)
+def default_tile(vocabulary: int) -> dict[str, int]:
+    """BLOCK: columns read at a time, at least 16. UNROLL: tiles in flight."""
     if vocabulary <= 4096:
-        return Tile(max(16, triton.next_power_of_2(vocabulary)), 4)
-    return Tile(8192, 16)
+        return {"BLOCK": max(16, triton.next_power_of_2(vocabulary)), "num_warps": 4, "UNROLL": 1}
+    return {"BLOCK": 8192, "num_warps": 16, "UNROLL": 1}
 
 
 @dataclass
@@ -184,10 +184,10 @@ def padded_columns(logits: Tensor) -> int:
     return wide if wide <= logits.stride(0) and end <= logits.untyped_storage().nbytes() else V
 
 
-def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> None:
+def launch(rows: Rows, terms: Terms, scan: bool) -> None:
     """Run the kernel over all rows."""
     n, V = rows.logits.shape
-    tile = tile or default_tile(V)
+    tile = tiles.choose("cross_entropy", tile_key(V), default_tile(V), rows.logits.device)
     total = rows.vocabulary or V
     out = rows.out if rows.out is not None else rows.logits
     padded = padded_columns(rows.logits) if out is rows.logits else V
@@ -196,8 +196,7 @@ def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> No
         rows.logits.stride(0), out.stride(0), V, padded, total, rows.first_column,
         1.0 - terms.label_smoothing, terms.label_smoothing / total, terms.z_loss, terms.l2_warp, terms.soft_cap,
         SCAN=scan, WRITE=rows.out is not None, LOSS=rows.loss is not None, CAP=terms.soft_cap > 0,
-        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, EVEN=padded == V, UNROLL=tile.unroll, BLOCK=tile.block,
-        num_warps=tile.warps,
+        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, EVEN=padded == V, **tile,
     )  # fmt: skip
 
 
