@@ -7,6 +7,7 @@ from tests.compile import compile_only  # isort: skip
 import torch
 
 from flame.kernels.cross_entropy import triton_kl, triton_rows
+from flame.kernels.cross_entropy.linear import padded_logits
 from flame.kernels.cross_entropy.options import Terms
 from flame.kernels.normalization import triton_norm
 from flame.kernels.rotary import triton_rotary
@@ -20,7 +21,8 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 def norms():
-    for C, norm, gating in ((2048, "rms", "none"), (128, "rms", "silu"), (2048, "layer", "none"), (8192, "layer", "none"), (96, "l2", "none")):
+    for C, norm in ((2048, "rms"), (128, "gated"), (2048, "layer"), (8192, "layer"), (96, "l2")):
+        gating, norm = ("silu", "rms") if norm == "gated" else ("none", norm)
         kind = triton_norm.Kind(norm, gating, 1e-6, 1)
         x, beside = meta(32768, C), meta(32768, C)
         weight = None if norm == "l2" else meta(C)
@@ -41,9 +43,10 @@ def losses():
     labels = meta(64, dtype=torch.int64)
     for V in (32000, 50257):
         for terms in (Terms(), Terms(1e-3, 0.1, 30.0, 1e-4)):
-            triton_rows.cross_entropy_rows(meta(64, V + 47)[:, :V], labels, terms, True)
-            of = triton_rows.statistics(meta(64, V), labels, terms, 5)
-            triton_rows.gradient_from(meta(64, V), labels, of, terms, meta(64, V), meta((), dtype=torch.float32))
+            triton_rows.cross_entropy_rows(padded_logits(64, V, meta(1)), labels, terms, True)
+            of = triton_rows.statistics(padded_logits(64, V, meta(1)), labels, terms, 5)
+            triton_rows.gradient(padded_logits(64, V, meta(1)), labels, of, terms, 2 * V, 5)
+    triton_rows.gradient_from(meta(64, 32000), labels, of, terms, meta(64, 32000), meta((), dtype=torch.float32))
     triton_rows.scaled(meta(64, 128), meta((), dtype=torch.float32), torch.bfloat16)
     triton_kl.kl_rows(meta(64, 32000), meta(64, 32000), meta(64, dtype=torch.bool), 2.0, True)
 
