@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -25,13 +23,3 @@ def rows(x: Tensor) -> Tensor:
         except RuntimeError:
             pass
     return x.contiguous().view(-1, x.shape[-1])
-
-
-@lru_cache(maxsize=16)
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def processors(x: Tensor) -> int:
-    """Multiprocessors of x's device (a stand-in without a GPU)."""
-    return _processors(x.device.index or 0) if x.is_cuda else 4

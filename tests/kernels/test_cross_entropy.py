@@ -52,7 +52,7 @@ def test_sum_over_valid_tokens_equals_torch():
 def test_linear_in_chunks_equals_definition(options, backend, monkeypatch):
     small = Chunking(bytes=1, step_rows=3, multiple=5)  # several uneven chunks and steps
     monkeypatch.setattr(ops, "default_chunking", lambda hidden: small)
-    monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: triton_rows.Tile(16, 4))
+    monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: {"BLOCK": 16, "num_warps": 4, "UNROLL": 1})
     hidden, weight, labels = make(dtype=torch.float64 if backend == "chunked" else torch.float32)
     want = linear_cross_entropy(hidden, weight, labels, backend="reference", **options)
     got = linear_cross_entropy(hidden, weight, labels, backend=backend, **options)
@@ -89,7 +89,7 @@ def test_kl_of_equals_is_zero():
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_plain_kernel_equals_definition(options, block, monkeypatch):
-    monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: triton_rows.Tile(block, 4))
+    monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: {"BLOCK": block, "num_warps": 4, "UNROLL": 1})
     hidden, weight, labels = make(dtype=torch.float32)
     logits = (hidden @ weight.t()).detach()
     padded = torch.full((len(logits), 48), float("nan"))

@@ -62,8 +62,8 @@ def through_logits(
             logits = buffer[at - start : rows.stop - start]
             torch.mm(hidden[rows], weight.t(), out=logits)
             make_gradient(logits, rows)
-            if need_hidden:
-                torch.mm(logits, weight, out=hidden_grad[rows])
+        if need_hidden:
+            torch.mm(buffer[: end - start], weight, out=hidden_grad[start:end])
         if need_weight:
             add_product(weight_grad, buffer[: end - start].t(), hidden[start:end], first=start == 0)
     if N == 0:

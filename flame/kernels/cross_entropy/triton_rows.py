@@ -2,18 +2,20 @@
 
 A row is read in tiles, once for its max and sum of exponentials and again for the gradient. At the vocabularies in use the
 second reading comes from the L1 cache (V = 32000: 64 KB) or the L2 (V = 128256: 256 KB a row, 132 rows in flight), so device
-memory sees one read and one write of the logits. A row that fits in one tile stays in registers.
+memory sees one read and one write of the logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels import tiles
 from flame.kernels.cross_entropy.options import Statistics, Terms
 
 _IGNORED = tl.constexpr(-100)
@@ -27,9 +29,16 @@ def _capped(x, soft_cap):
 
 
 @triton.jit
-def _logits(row, column, V, V_padded, soft_cap, CAP: tl.constexpr, EVEN: tl.constexpr):
+def _tile(start, BLOCK: tl.constexpr):
+    """Columns of a tile `[BLOCK / 8, 8]`: eight adjacent ones a thread, so that sums along them need no other thread."""
+    return start + 8 * tl.arange(0, BLOCK // 8)[:, None] + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def _logits(row, column, V, V_padded, soft_cap, CAP: tl.constexpr, EVEN: tl.constexpr, KEEP: tl.constexpr):
     """One tile of a row in fp32, -inf past its end. V_padded, a multiple of 16, keeps the loads wide for any V."""
-    s = tl.load(row + column, mask=column < V_padded, other=float("-inf")).to(tl.float32)
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    s = tl.load(row + column, mask=column < V_padded, other=float("-inf"), eviction_policy=policy).to(tl.float32)
     if CAP:
         s = _capped(s, soft_cap)
     if CAP or not EVEN:
@@ -38,10 +47,44 @@ def _logits(row, column, V, V_padded, soft_cap, CAP: tl.constexpr, EVEN: tl.cons
 
 
 @triton.jit
+def _scan(
+    row, V, V_padded, soft_cap, CAP: tl.constexpr, EVEN: tl.constexpr, SUM: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(logsumexp, max, sum) of a row. Every thread keeps its own running max, so that no tile waits for all threads."""
+    largest = tl.full((BLOCK // 8,), -1e38, tl.float32)
+    total = tl.zeros((BLOCK // 8,), tl.float32)
+    summed = tl.zeros((BLOCK // 8,), tl.float32)
+    for start in tl.range(0, V, BLOCK, loop_unroll_factor=UNROLL):
+        column = _tile(start, BLOCK)
+        s = _logits(row, column, V, V_padded, soft_cap, CAP, EVEN, True)
+        higher = tl.maximum(largest, tl.max(s, axis=1))
+        exponent = s * _LOG2E - (higher * _LOG2E)[:, None]
+        total = total * tl.exp2((largest - higher) * _LOG2E) + tl.sum(tl.exp2(exponent), axis=1)
+        largest = higher
+        if SUM:
+            summed += tl.sum(tl.where(column < V, s, 0.0), axis=1)
+    top = tl.max(largest, axis=0)
+    total = tl.sum(total * tl.exp2((largest - top) * _LOG2E), axis=0)
+    return top + tl.log2(total) / _LOG2E, top, tl.sum(summed, axis=0)
+
+
+@triton.jit
+def _find(row, value, V, V_padded, soft_cap, CAP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """First column of a row that holds `value`."""
+    first = tl.full((BLOCK // 8,), 2147483647, tl.int32)
+    for start in range(0, V, BLOCK):
+        column = _tile(start, BLOCK)
+        s = _logits(row, column, V, V_padded, soft_cap, CAP, EVEN, True)
+        first = tl.minimum(first, tl.min(tl.where(s == value, column, 2147483647), axis=1))
+    return tl.min(first, axis=0)
+
+
+@triton.jit
 def _gradient(s, column, target, largest_at, lse, largest, factor, confidence, even, z_loss, l2_warp, soft_cap,
               CAP: tl.constexpr, WARP: tl.constexpr):  # fmt: skip
     """factor * d loss / d logits of one tile; the label's column is `target`, outside [0, V) when it is not here."""
-    grad = tl.exp2((s - lse) * _LOG2E) * (factor * (1.0 + 2.0 * z_loss * lse)) - factor * even
+    grad = tl.exp2(s * _LOG2E - lse * _LOG2E) * (factor * (1.0 + 2.0 * z_loss * lse)) - factor * even
     grad = tl.where(column == target, grad - factor * confidence, grad)
     if WARP:
         grad = tl.where(column == largest_at, grad + factor * l2_warp * largest, grad)
@@ -56,7 +99,7 @@ def rows_kernel(
     logits_stride, out_stride, V, V_padded, V_total, first_column,
     confidence, even, z_loss, l2_warp, soft_cap,
     SCAN: tl.constexpr, WRITE: tl.constexpr, LOSS: tl.constexpr, CAP: tl.constexpr, SUM: tl.constexpr,
-    WARP: tl.constexpr, EVEN: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    WARP: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row. SCAN makes stats (lse, target logit, sum, max), else they are read; LOSS and WRITE say what is stored."""
     index = tl.program_id(0).to(tl.int64)
@@ -66,29 +109,15 @@ def rows_kernel(
     target = (label - first_column).to(tl.int32)
     here = valid & (target >= 0) & (target < V)
     target = tl.where(here, target, -1)
-    column = tl.arange(0, BLOCK)
     largest_at = -1
-    s = tl.zeros((BLOCK,), tl.float32)
     if SCAN:
         # Before the scan, whose reductions are barriers: later, another thread may have overwritten this logit in place.
         target_logit = tl.load(row + target, mask=here, other=0.0).to(tl.float32)
         if CAP:
             target_logit = tl.where(here, _capped(target_logit, soft_cap), 0.0)
-        largest = float("-inf")
-        summed = 0.0
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, BLOCK if ONE_TILE else V, BLOCK):
-            s = _logits(row, start + column, V, V_padded, soft_cap, CAP, EVEN)
-            tile_largest = tl.max(s, axis=0)
-            if WARP:
-                at = tl.min(tl.where(s == tile_largest, start + column, V), axis=0)
-                largest_at = tl.where(tile_largest > largest, at, largest_at)
-            if SUM:
-                summed += tl.sum(tl.where(start + column < V, s, 0.0), axis=0)
-            higher = tl.maximum(largest, tile_largest)
-            total = total * tl.exp2((largest - higher) * _LOG2E) + tl.exp2((s - higher) * _LOG2E)
-            largest = higher
-        lse = largest + tl.log2(tl.sum(total, axis=0)) / _LOG2E
+        lse, largest, summed = _scan(row, V, V_padded, soft_cap, CAP, EVEN, SUM, UNROLL, BLOCK)
+        if WARP:
+            largest_at = _find(row, largest, V, V_padded, soft_cap, CAP, EVEN, BLOCK)
         if LOSS:
             value = lse - confidence * target_logit - even * summed + z_loss * lse * lse
             value = tl.where((label >= 0) & (label < V_total), value, float("nan"))  # a label that does not exist
@@ -109,28 +138,27 @@ def rows_kernel(
         factor = 1.0
         if factor_ptr is not None:
             factor = tl.load(factor_ptr).to(tl.float32)
-        for start in range(0, BLOCK if ONE_TILE else V, BLOCK):
-            if not (ONE_TILE and SCAN):
-                s = _logits(row, start + column, V, V_padded, soft_cap, CAP, EVEN)
-            grad = _gradient(s, start + column, target, largest_at, lse, largest, factor, confidence, even, z_loss,
-                             l2_warp, soft_cap, CAP, WARP)  # fmt: skip
+        for start in tl.range(0, V, BLOCK, loop_unroll_factor=UNROLL):
+            column = _tile(start, BLOCK)
+            s = _logits(row, column, V, V_padded, soft_cap, CAP, EVEN, False)
+            grad = _gradient(s, column, target, largest_at, lse, largest, factor, confidence, even, z_loss, l2_warp,
+                             soft_cap, CAP, WARP)  # fmt: skip
             grad = tl.where(valid, grad, 0.0).to(out.dtype.element_ty)
-            tl.store(out + index * out_stride + start + column, grad, mask=start + column < V_padded)
+            tl.store(out + index * out_stride + column, grad, mask=column < V_padded)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Columns read at a time and warps of a program."""
-
-    block: int
-    warps: int
+@lru_cache(maxsize=64)
+def tile_key(vocabulary: int) -> str:
+    """Key of the row kernel's tile."""
+    return tiles.key("rows", V=triton.next_power_of_2(vocabulary))
 
 
-def default_tile(vocabulary: int) -> Tile:
-    """The measured choice on Hopper; any power of two is right."""
+@lru_cache(maxsize=64)
+def default_tile(vocabulary: int) -> dict[str, int]:
+    """BLOCK: columns read at a time, at least 16. UNROLL: tiles in flight."""
     if vocabulary <= 4096:
-        return Tile(triton.next_power_of_2(vocabulary), 4)
-    return Tile(8192, 8)
+        return {"BLOCK": max(16, triton.next_power_of_2(vocabulary)), "num_warps": 4, "UNROLL": 1}
+    return {"BLOCK": 8192, "num_warps": 16, "UNROLL": 1}
 
 
 @dataclass
@@ -156,10 +184,10 @@ def padded_columns(logits: Tensor) -> int:
     return wide if wide <= logits.stride(0) and end <= logits.untyped_storage().nbytes() else V
 
 
-def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> None:
+def launch(rows: Rows, terms: Terms, scan: bool) -> None:
     """Run the kernel over all rows."""
     n, V = rows.logits.shape
-    tile = tile or default_tile(V)
+    tile = tiles.choose("cross_entropy", tile_key(V), default_tile(V), rows.logits.device)
     total = rows.vocabulary or V
     out = rows.out if rows.out is not None else rows.logits
     padded = padded_columns(rows.logits) if out is rows.logits else V
@@ -168,8 +196,7 @@ def launch(rows: Rows, terms: Terms, scan: bool, tile: Tile | None = None) -> No
         rows.logits.stride(0), out.stride(0), V, padded, total, rows.first_column,
         1.0 - terms.label_smoothing, terms.label_smoothing / total, terms.z_loss, terms.l2_warp, terms.soft_cap,
         SCAN=scan, WRITE=rows.out is not None, LOSS=rows.loss is not None, CAP=terms.soft_cap > 0,
-        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, EVEN=padded == V, ONE_TILE=tile.block >= V, BLOCK=tile.block,
-        num_warps=tile.warps,
+        SUM=terms.label_smoothing > 0, WARP=terms.l2_warp > 0, EVEN=padded == V, **tile,
     )  # fmt: skip
 
 

@@ -7,13 +7,16 @@ nothing else is kept; weight gradients are summed per program in a fixed order, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flame.kernels.layout import processors, rows
+from flame.kernels import tiles
+from flame.kernels.layout import rows
+from flame.kernels.triton_sum import sum_partials
 
 
 @triton.jit
@@ -127,19 +130,30 @@ def norm_backward_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, axis=0), mask=inside)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Elements of a tile (whole rows, at least one), warps, and programs a multiprocessor of the backward."""
-
-    elements: int
-    warps: int
-    programs: int = 4
+@lru_cache(maxsize=256)
+def tile_key(kernel: str, C: int, gated: bool) -> str:
+    """Key of the tile of 'forward' or 'backward' for rows of C channels."""
+    return tiles.key(kernel, C=triton.next_power_of_2(C), gated=gated)
 
 
-def default_tile(C: int, backward: bool) -> Tile:
-    """The measured choice on Hopper; any is right."""
+@lru_cache(maxsize=256)
+def default_tile(kernel: str, C: int) -> dict[str, int]:
+    """elements: of a tile of whole rows (at least one); programs: of the backward, a multiprocessor."""
     warps = 4 if C <= 4096 else 8 if C <= 8192 else 16 if C <= 16384 else 32
-    return Tile(2048 if backward else 4096, warps)
+    if kernel == "forward":
+        return {"elements": 2048, "num_warps": warps}
+    if C <= 512:
+        return {"elements": 1024, "num_warps": warps, "programs": 8}
+    # A row wider than the tile is one tile; 16 elements a thread of five tensors still fit in registers.
+    warps = 8 if C <= 4096 else min(32, triton.next_power_of_2(C) // 512)
+    return {"elements": 8192, "num_warps": warps, "programs": 2}
+
+
+def choose(kernel: str, x: Tensor, C: int, gated: bool) -> tuple[tiles.Tile, int, int]:
+    """The tile, and the rows and columns it spans."""
+    tile = tiles.choose("normalization", tile_key(kernel, C, gated), default_tile(kernel, C), x.device)
+    block = triton.next_power_of_2(C)
+    return tile, max(1, tile["elements"] // block), block
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,6 @@ class Kind:
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, gate: Tensor | None, kind: Kind,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y like x (contiguous) and x + residual in residual.dtype (empty without one)."""
     flat, C = rows(x), x.shape[-1] // kind.groups
@@ -172,31 +185,27 @@ def forward(
     total = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     beside = None if residual is None else rows(residual)
     gates = None if gate is None else rows(gate)
-    tile = tile or default_tile(C, backward=False)
-    block = triton.next_power_of_2(C)
-    height = max(1, tile.elements // block)
+    tile, height, block = choose("forward", x, C, gate is not None)
     if len(flat):
         norm_forward_kernel[(triton.cdiv(len(flat), height), kind.groups)](
             flat, weight, bias, beside, gates, y, total, len(flat), C, flat.stride(0),
             0 if beside is None else beside.stride(0), 0 if gates is None else gates.stride(0), kind.eps,
-            **kind.flags(), ROWS=height, BLOCK=block, num_warps=tile.warps,
+            **kind.flags(), ROWS=height, BLOCK=block, num_warps=tile["num_warps"],
         )  # fmt: skip
     return y, total
 
 
 def backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, gate: Tensor | None, kind: Kind,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (in x.dtype; the residual's as well), gate, weight and bias; empty for what is None."""
     flat, dys, C = rows(x), dy.contiguous(), x.shape[-1] // kind.groups
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gates = None if gate is None else rows(gate)
     dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
-    tile = tile or default_tile(C, backward=True)
-    block = triton.next_power_of_2(C)
-    height = max(1, tile.elements // block)
-    programs = max(1, min(triton.cdiv(len(flat), height), triton.cdiv(tile.programs * processors(x), kind.groups)))
+    tile, height, block = choose("backward", x, C, gate is not None)
+    most = triton.cdiv(tile["programs"] * tiles.multiprocessors(x.device), kind.groups)
+    programs = max(1, min(triton.cdiv(len(flat), height), most))
     dweight, dbias = (
         None if p is None else torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
         for p in (weight, bias)
@@ -204,11 +213,11 @@ def backward(
     norm_backward_kernel[(programs, kind.groups)](
         dys, None if dtotal is None else dtotal.contiguous(), flat, weight, gates, dx, dgate, dweight, dbias,
         len(flat), C, flat.stride(0), 0 if gates is None else gates.stride(0), kind.eps,
-        **kind.flags(), ROWS=height, BLOCK=block, num_warps=tile.warps,
+        **kind.flags(), ROWS=height, BLOCK=block, num_warps=tile["num_warps"],
     )  # fmt: skip
     return (
         dx,
         x.new_empty(0) if dgate is None else dgate,
-        x.new_empty(0) if weight is None or dweight is None else dweight.sum(0).to(weight.dtype),
-        x.new_empty(0) if bias is None or dbias is None else dbias.sum(0).to(bias.dtype),
+        x.new_empty(0) if weight is None or dweight is None else sum_partials(dweight, weight.dtype),
+        x.new_empty(0) if bias is None or dbias is None else sum_partials(dbias, bias.dtype),
     )

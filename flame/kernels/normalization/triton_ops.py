@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame.kernels.direct import Direct
 from flame.kernels.normalization import triton_norm
 from flame.kernels.normalization.triton_norm import Kind
 
 
-@torch.library.custom_op("flame::norm", mutates_args=())
-def norm(
+def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -27,14 +27,16 @@ def norm(
     return triton_norm.forward(x, weight, bias, residual, gate, Kind(norm, gating, eps, groups))
 
 
-@norm.register_fake
+_norm = torch.library.custom_op("flame::norm", _forward, mutates_args=())
+
+
+@_norm.register_fake
 def _(x, weight, bias, residual, gate, norm, gating, eps, groups):
     total = x.new_empty(0) if residual is None else x.new_empty(x.shape, dtype=residual.dtype)
     return x.new_empty(x.shape), total
 
 
-@torch.library.custom_op("flame::norm_backward", mutates_args=())
-def norm_backward(
+def _gradients(
     dy: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
@@ -50,7 +52,10 @@ def norm_backward(
     return triton_norm.backward(dy, dtotal, x, weight, bias, gate, Kind(norm, gating, eps, groups))
 
 
-@norm_backward.register_fake
+_norm_backward = torch.library.custom_op("flame::norm_backward", _gradients, mutates_args=())
+
+
+@_norm_backward.register_fake
 def _(dy, dtotal, x, weight, bias, gate, norm, gating, eps, groups):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, gate, weight, bias))
 
@@ -80,4 +85,6 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tenso
     )
 
 
-norm.register_autograd(_backward, setup_context=_save)
+_norm.register_autograd(_backward, setup_context=_save)
+norm_backward = Direct(_norm_backward, _gradients)
+norm = Direct(_norm, _forward, _save, _backward)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.direct import Direct
+
 
 @triton.jit
 def _kernel(
@@ -43,8 +45,7 @@ def _inverse_frequencies(width: int, theta: float, device: torch.device) -> Tens
     return 1.0 / theta**exponent
 
 
-@torch.library.custom_op("flame::rotary", mutates_args=())
-def rotary(x: Tensor, positions: Tensor, theta: float, back: bool) -> Tensor:
+def _forward(x: Tensor, positions: Tensor, theta: float, back: bool) -> Tensor:
     """x `[B, T, H, D]` turned by its positions `[T]` or `[B, T]`, or turned back."""
     x = x if x.stride(3) == 1 else x.contiguous()
     B, T, H, D = x.shape
@@ -60,7 +61,10 @@ def rotary(x: Tensor, positions: Tensor, theta: float, back: bool) -> Tensor:
     return y
 
 
-@rotary.register_fake
+_rotary = torch.library.custom_op("flame::rotary", _forward, mutates_args=())
+
+
+@_rotary.register_fake
 def _(x, positions, theta, back):
     return x.new_empty(x.shape)
 
@@ -74,4 +78,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return rotary(dy, ctx.saved_tensors[0], ctx.theta, not ctx.back), None, None, None
 
 
-rotary.register_autograd(_backward, setup_context=_save)
+_rotary.register_autograd(_backward, setup_context=_save)
+rotary = Direct(_rotary, _forward, _save, _backward)

@@ -7,14 +7,16 @@ segment in a fixed order and then over segments. Filters of up to four taps; mis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels import tiles
 from flame.kernels.short_convolution import chunked
+from flame.kernels.triton_sum import sum_partials
 
 WIDEST = 4
 
@@ -248,21 +250,17 @@ def backward_kernel(
         tl.store(dbias_ptr + partial * C + channel, dbias, mask=inside)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Tokens (a multiple of 4) and channels of a program, and its warps."""
-
-    segment: int
-    block: int
-    warps: int
+@lru_cache(maxsize=256)
+def tile_key(kernel: str, packed: bool, dtype: torch.dtype) -> str:
+    """Key of the tile of 'forward' or 'backward'."""
+    return tiles.key(kernel, packed=packed, dtype=dtype)
 
 
-def default_tile(T: int, C: int, backward: bool) -> Tile:
-    """The measured choice on Hopper; any is right."""
-    widest = triton.next_power_of_2(C)
-    if backward:
-        return Tile(64, min(512, widest), 4)
-    return Tile(64, min(512, widest), 2)
+def choose(kernel: str, x: Tensor, packed: bool) -> dict[str, int]:
+    """SEGMENT: tokens of a program, a multiple of 4. BLOCK: its channels."""
+    default = {"SEGMENT": 128 if kernel == "backward" else 32, "BLOCK": 512, "num_warps": 4}
+    tile = tiles.choose("short_convolution", tile_key(kernel, packed, x.dtype), default, x.device)
+    return {**tile, "BLOCK": min(tile["BLOCK"], triton.next_power_of_2(x.shape[2]))}
 
 
 def readable(x: Tensor) -> Tensor:
@@ -272,46 +270,43 @@ def readable(x: Tensor) -> Tensor:
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool,
-    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """y `[B, T, C]`, contiguous, in x.dtype."""
     x = readable(x)
     B, T, C = x.shape
     y = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
     if y.numel():
-        tile = tile or default_tile(T, C, backward=False)
+        tile = choose("forward", x, cu_seqlens is not None)
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
-        forward_kernel[(triton.cdiv(C, tile.block), triton.cdiv(T, tile.segment), B)](
+        forward_kernel[(triton.cdiv(C, tile["BLOCK"]), triton.cdiv(T, tile["SEGMENT"]), B)](
             x, weight.contiguous(), bias, None if state is None else state.contiguous(), cu_seqlens, y,
             T, C, N, x.stride(0), x.stride(1),
-            SILU=silu, W=weight.shape[1], STEPS=N.bit_length(), SEGMENT=tile.segment, BLOCK=tile.block,
-            num_warps=tile.warps,
+            SILU=silu, W=weight.shape[1], STEPS=N.bit_length(), **tile,
         )  # fmt: skip
     return y
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool,
-    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and state; empty for what is None."""
     x, dy = readable(x), dy.contiguous()
     B, T, C = x.shape
     W = weight.shape[1]
-    tile = tile or default_tile(T, C, backward=True)
-    segments = max(1, triton.cdiv(T, tile.segment))
+    tile = choose("backward", x, cu_seqlens is not None)
+    segments = max(1, triton.cdiv(T, tile["SEGMENT"]))
     dx = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
     dweight = torch.empty(B * segments, 4, C, dtype=torch.float32, device=x.device)
     dbias = None if bias is None else torch.empty(B * segments, C, dtype=torch.float32, device=x.device)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    backward_kernel[(triton.cdiv(C, tile.block), segments, B)](
+    backward_kernel[(triton.cdiv(C, tile["BLOCK"]), segments, B)](
         dy, x, weight.contiguous(), bias, None if state is None else state.contiguous(), cu_seqlens, dx, dweight, dbias,
         T, C, N, x.stride(0), x.stride(1),
-        SILU=silu, W=W, STEPS=N.bit_length(), SEGMENT=tile.segment, BLOCK=tile.block, num_warps=tile.warps,
+        SILU=silu, W=W, STEPS=N.bit_length(), **tile,
     )  # fmt: skip
-    taps = dweight.sum(0)[:W].flip(0).t().to(weight.dtype).contiguous()
+    taps = sum_partials(dweight, weight.dtype, planes=W)
     dstate = x.new_empty(0) if state is None else state_gradient(dy, x, weight, bias, state, cu_seqlens, silu)
-    return dx, taps, x.new_empty(0) if bias is None or dbias is None else dbias.sum(0).to(bias.dtype), dstate
+    return dx, taps, x.new_empty(0) if bias is None or dbias is None else sum_partials(dbias, bias.dtype), dstate
 
 
 def state_gradient(

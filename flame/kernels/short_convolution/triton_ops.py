@@ -7,24 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame.kernels.direct import Direct
 from flame.kernels.short_convolution import triton_convolution
 
 
-@torch.library.custom_op("flame::short_convolution", mutates_args=())
-def short_convolution(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> Tensor:
     """y `[B, T, C]`."""
     return triton_convolution.forward(x, weight, bias, state, cu_seqlens, silu)
 
 
-@short_convolution.register_fake
+_convolution = torch.library.custom_op("flame::short_convolution", _forward, mutates_args=())
+
+
+@_convolution.register_fake
 def _(x, weight, bias, state, cu_seqlens, silu):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("flame::short_convolution_backward", mutates_args=())
-def short_convolution_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -37,7 +39,10 @@ def short_convolution_backward(
     return triton_convolution.backward(dy, x, weight, bias, state, cu_seqlens, silu)
 
 
-@short_convolution_backward.register_fake
+_convolution_backward = torch.library.custom_op("flame::short_convolution_backward", _gradients, mutates_args=())
+
+
+@_convolution_backward.register_fake
 def _(dy, x, weight, bias, state, cu_seqlens, silu):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, state))
 
@@ -53,4 +58,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dweight, None if bias is None else dbias, None if state is None else dstate, None, None
 
 
-short_convolution.register_autograd(_backward, setup_context=_save)
+_convolution.register_autograd(_backward, setup_context=_save)
+short_convolution_backward = Direct(_convolution_backward, _gradients)
+short_convolution = Direct(_convolution, _forward, _save, _backward)

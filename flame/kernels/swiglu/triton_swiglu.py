@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.direct import Direct
 from flame.kernels.layout import rows
 
 _BLOCK, _WARPS = 2048, 4
@@ -49,8 +50,7 @@ def _folded(*tensors: Tensor) -> list[Tensor]:
     return [rows(t) for t in tensors]
 
 
-@torch.library.custom_op("flame::swiglu", mutates_args=())
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, contiguous."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _folded(gate, up)
@@ -64,13 +64,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-@swiglu.register_fake
+_swiglu = torch.library.custom_op("flame::swiglu", _forward, mutates_args=())
+
+
+@_swiglu.register_fake
 def _(gate, up):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("flame::swiglu_backward", mutates_args=())
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, contiguous."""
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
@@ -87,7 +89,10 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     return dgate, dup
 
 
-@swiglu_backward.register_fake
+_swiglu_backward = torch.library.custom_op("flame::swiglu_backward", _gradients, mutates_args=())
+
+
+@_swiglu_backward.register_fake
 def _(dy, gate, up):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
@@ -100,4 +105,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return swiglu_backward(dy, *ctx.saved_tensors)
 
 
-swiglu.register_autograd(_backward, setup_context=_save)
+_swiglu.register_autograd(_backward, setup_context=_save)
+swiglu_backward = Direct(_swiglu_backward, _gradients)
+swiglu = Direct(_swiglu, _forward, _save, _backward)

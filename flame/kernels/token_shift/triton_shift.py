@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.direct import Direct
 from flame.kernels.short_convolution.triton_convolution import find_sequence
 
 
@@ -63,24 +64,28 @@ def _launch(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, back: bo
     return y
 
 
-@torch.library.custom_op("flame::token_shift", mutates_args=())
-def token_shift(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _forward(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """x_{t-1} - x_t `[B, T, C]`."""
     return _launch(x, state, cu_seqlens, back=False)
 
 
-@token_shift.register_fake
+_shift = torch.library.custom_op("flame::token_shift", _forward, mutates_args=())
+
+
+@_shift.register_fake
 def _(x, state, cu_seqlens):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("flame::token_shift_backward", mutates_args=())
-def token_shift_backward(dy: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _gradient(dy: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """dy_{t+1} - dy_t `[B, T, C]`."""
     return _launch(dy, None, cu_seqlens, back=True)
 
 
-@token_shift_backward.register_fake
+_shift_backward = torch.library.custom_op("flame::token_shift_backward", _gradient, mutates_args=())
+
+
+@_shift_backward.register_fake
 def _(dy, cu_seqlens):
     return dy.new_empty(dy.shape)
 
@@ -106,4 +111,6 @@ def _state_gradient(dy: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype | 
     return torch.where((cu_seqlens.diff() > 0)[:, None], first, 0.0).to(dtype)
 
 
-token_shift.register_autograd(_backward, setup_context=_save)
+_shift.register_autograd(_backward, setup_context=_save)
+token_shift_backward = Direct(_shift_backward, _gradient)
+token_shift = Direct(_shift, _forward, _save, _backward)
