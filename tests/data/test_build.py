@@ -107,7 +107,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
 
 def test_an_empty_path_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no path"):
-        build_loader(job_of(tmp_path, sources=[Source()]), TOKENIZER, 0, 1)
+        build_loader(job_of(tmp_path, sources=[Source(path="")]), TOKENIZER, 0, 1)
 
 
 def _train(job, queue):
