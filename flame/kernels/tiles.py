@@ -43,9 +43,8 @@ def choose(op: str, key: str, default: Tile, device: torch.device) -> Tile:
     A table entry that is on the deny list for this GPU and Triton is passed over; a denied default is an error, because
     then nothing is left that is known to be right.
     """
-    forced = _forced.get((op, key))
-    if forced is not None:
-        return forced
+    if _forced and (op, key) in _forced:
+        return _forced[op, key]
     return _chosen(op, key, tuple(default.items()), device_name(device), capability(device))
 
 

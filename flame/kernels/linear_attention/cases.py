@@ -65,7 +65,7 @@ def make_case(shape: Shape, tune: bool = False) -> Case:
         inputs=lambda device, seed: make_inputs(shape, device, seed),
         run=run,
         constant=constant,
-        keys={key: candidates(s.kind) for key in tile_keys(shape)},
+        keys=tile_keys(shape),
         tune=tune,
     )
 
@@ -108,19 +108,37 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
     return call
 
 
-def tile_keys(s: Shape) -> list[str]:
-    """Keys of the four sweeps, as `triton_passes.sweep_tile` asks for them."""
-    kind = "key" if s.kind == "bonus" else s.kind
-    sizes = {"forward": (s.K, s.V), "dq": (s.V, s.K), "dk": (s.V, s.K), "dv": (s.K, s.V)}
-    return [tiles.key(name, kind=kind, D=D, E=E, dtype=s.dtype) for name, (D, E) in sizes.items()]
+def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
+    """Keys of the kernels a problem launches, as the passes ask for them, and tiles worth timing."""
+    if s.kind in ("none", "head", "scalar"):
+        sizes = {"forward": (s.K, s.V), "dq": (s.V, s.K), "dk": (s.V, s.K), "dv": (s.K, s.V)}
+        return {tiles.key(name, kind=s.kind, D=D, E=E, dtype=s.dtype): sweeps() for name, (D, E) in sizes.items()}
+    K, V = (s.V, s.K) if s.kind == "value" else (s.K, s.V)
+    choices = {
+        "prepare": prepares(),
+        "key": vectors("BV"),
+        "inter": vectors("BK"),
+        "finish": finishes(),
+        "finish_strong": finishes()[:3],
+    }
+    return {tiles.key(name, K=K, V=V, dtype=s.dtype): tried for name, tried in choices.items()}
 
 
-def candidates(kind: str) -> list[tiles.Tile]:
-    """Tiles worth timing: (rows, columns of the output, warps, pipeline stages)."""
-    if kind in ("none", "head", "scalar"):
-        rows = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
-        rows += [(128, 128, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2)]
-    else:
-        rows = [(64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2)]
-        rows += [(16, 64, 4, 2), (64, 128, 8, 1)]
+def sweeps() -> list[tiles.Tile]:
+    rows = [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2)]
+    rows += [(128, 128, 8, 2), (64, 64, 4, 1), (64, 32, 4, 2), (32, 64, 4, 2)]
     return [{"BT": bt, "BE": be, "num_warps": warps, "num_stages": stages} for bt, be, warps, stages in rows]
+
+
+def vectors(columns: str) -> list[tiles.Tile]:
+    rows = [(64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2), (128, 8, 3), (32, 4, 2), (64, 4, 1)]
+    return [{columns: width, "num_warps": warps, "num_stages": stages} for width, warps, stages in rows]
+
+
+def prepares() -> list[tiles.Tile]:
+    return [{"BT": 64, "BK": width, "num_warps": warps} for width in (32, 64, 128) for warps in (4, 8)]
+
+
+def finishes() -> list[tiles.Tile]:
+    rows = [(32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8), (32, 128, 4), (64, 128, 4)]
+    return [{"BK": bk, "BV": bv, "num_warps": warps} for bk, bv, warps in rows]

@@ -20,6 +20,31 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def chunk_sums(
+    decay_ptr,  # [T, HG] natural log
+    sum_ptr,  # [T, HG] fp32, cumulative within each chunk of BT rows, log2
+    starts_ptr,
+    ends_ptr,
+    tokens,
+    segment,
+    segments,
+    HG: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    VARLEN: tl.constexpr,
+):
+    """Cumulative decays once for all sweeps: 4 bytes a token and head, where a scan in each chunk would stall them."""
+    start, length = item_bounds(starts_ptr, ends_ptr, tl.program_id(1), tokens, segment, segments, VARLEN)
+    heads = tl.program_id(2) * BH + tl.arange(0, BH)
+    for chunk in range(tl.program_id(0), tl.cdiv(length, BT), tl.num_programs(0)):
+        rows = chunk * BT + tl.arange(0, BT)
+        keep = (rows < length)[:, None] & (heads < HG)[None, :]
+        at = (start + rows)[:, None] * HG + heads[None, :]
+        log = tl.load(decay_ptr + at, mask=keep, other=0.0).to(tl.float32) * LOG2E
+        tl.store(sum_ptr + at, tl.cumsum(log, 0), mask=keep)
+
+
+@triton.jit
 def item_bounds(starts, ends, item, tokens, segment, segments, VARLEN: tl.constexpr):
     """First row and number of rows of an item. Packed: from the tables. Dense: segment item % segments of a batch row."""
     if VARLEN:
@@ -57,11 +82,10 @@ def scalar_sweep(
     c_ptr,  # [T, HC, E]
     x_ptr,  # [T, HX, E] the tensor whose product with y gives the decay's gradient
     y_ptr,  # [T, H, E]
-    decay_ptr,  # [HG] or [T, HG]
+    decay_ptr,  # [HG] natural log, or [T, HG] from `chunk_sums`
     initial_ptr,  # [items, H, K, V] fp32
     final_ptr,  # [items, H, K, V] fp32
-    anchor_ptr,  # [anchors, H, D, E] states every ANCHOR rows, for the decay's gradient
-    anchor_base_ptr,  # [items] first anchor of an item, packed rows only
+    anchor_ptr,  # [anchors, H, D, E] fp32 states every ANCHOR rows, for the decay's gradient
     product_ptr,  # fp32 row sums of x * y: written [tiles, T, H] forward, read [T, H] in reverse
     ddecay_ptr,  # [tiles, T, H] fp32, reverse
     starts_ptr,
@@ -115,6 +139,7 @@ def scalar_sweep(
         if REVERSE:
             state = state / scale
 
+    HG: tl.constexpr = H // GROUP_G
     a_ptr += start * stride_at + (head // GROUP_A) * stride_ah
     b_ptr += start * stride_bt + (head // GROUP_B) * stride_bh
     c_ptr += start * stride_ct + (head // GROUP_C) * stride_ch
@@ -122,14 +147,11 @@ def scalar_sweep(
     if DECAY == "head":
         rate = tl.load(decay_ptr + head // GROUP_G).to(tl.float32) * LOG2E
     if DECAY == "scalar":
-        decay_ptr += start * (H // GROUP_G) + head // GROUP_G
+        decay_ptr += start * HG + head // GROUP_G
     if DECAY_GRADIENT:
         x_ptr += start * stride_xt + (head // GROUP_X) * stride_xh
-        token_offset = (tile * rows_total.to(tl.int64) + start) * H + head
-        if VARLEN:
-            anchor = tl.load(anchor_base_ptr + item).to(tl.int64)
-        else:
-            anchor = item.to(tl.int64) * tl.cdiv(segment, ANCHOR)
+        token_offset = (tile * rows_total + start) * H + head
+        anchor = start // ANCHOR + item
         anchor_ptr += (anchor * H + head) * D * E
         anchor_cell = d_index[:, None] * E + e_index[None, :]
         carry = tl.zeros([], tl.float32)
@@ -146,48 +168,55 @@ def scalar_sweep(
         b = load_rows(b_ptr, rows, stride_bt, d_index, keep, D, BD)
         c = load_rows(c_ptr, rows, stride_ct, e_index, keep, E, BE)
         scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
         if DECAY == "none":
             scores = tl.where(keep_pair, scores, 0.0)
-            y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
             y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
-            y = y * scale
         else:
             if DECAY == "head":
                 count = tl.minimum(length - chunk * BT, BT)
                 decayed = rate * tl.minimum(local + 1, count).to(tl.float32)
                 whole = rate * count.to(tl.float32)
             else:
-                log = tl.load(decay_ptr + rows * (H // GROUP_G), mask=keep, other=0.0).to(tl.float32) * LOG2E
-                decayed = tl.cumsum(log, 0)
-                whole = tl.sum(log, 0)
-            if REVERSE:
-                between = decayed[None, :] - decayed[:, None]
-                read = tl.exp2(whole - decayed)
-                write = tl.exp2(decayed)
+                decayed = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0)
+                last = tl.minimum(chunk * BT + BT, length) - 1
+                whole = tl.load(decay_ptr + last.to(tl.int64) * HG)
+            read = tl.exp2(whole - decayed) if REVERSE else tl.exp2(decayed)
+            write = tl.exp2(decayed) if REVERSE else tl.exp2(whole - decayed)
+            # The weights as a factor of row i times one of row j where nothing can overflow, else each by itself.
+            if whole > -100.0:
+                weight = tl.where(
+                    keep_pair, read[:, None] * tl.exp2(decayed - whole if REVERSE else -decayed)[None, :], 0.0
+                )
             else:
-                between = decayed[:, None] - decayed[None, :]
-                read = tl.exp2(decayed)
-                write = tl.exp2(whole - decayed)
-            scores = scores * tl.exp2(tl.where(keep_pair, between, float("-inf")))
-            y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
-            y = y * read[:, None]
-            y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
-            y = y * scale
+                between = decayed[None, :] - decayed[:, None] if REVERSE else decayed[:, None] - decayed[None, :]
+                weight = tl.exp2(tl.where(keep_pair, between, float("-inf")))
+            scores = (scores * weight).to(c.dtype)
+            if DECAY_GRADIENT:
+                # x is rounded as the other sweep rounds its column: then the two products of a pair are equal and cancel
+                # in the suffix sum, where their rounding errors would otherwise pile up.
+                x = load_rows(x_ptr, rows, stride_xt, e_index, keep, E, BE)
+                own = tl.dot(scores, c, input_precision=PRECISION)
+                product = tl.sum((x * read[:, None]).to(x.dtype).to(tl.float32) * y + x.to(tl.float32) * own, 1)
+                y = y * read[:, None] + own
+            else:
+                y = tl.dot(scores, c, y * read[:, None], input_precision=PRECISION)
+            column = (c * write[:, None]).to(c.dtype)
+        y = y * scale
         at_y = y_ptr + rows[:, None] * (H * E) + e_index[None, :]
         tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None] & (e_index < E)[None, :])
 
         if DECAY_GRADIENT:
             at_anchor = anchor_ptr + (chunk * BT // ANCHOR).to(tl.int64) * (H * D * E) + anchor_cell
             at_edge = ((chunk + 1) * BT % ANCHOR == 0) | (chunk == chunks - 1)
-            x = load_rows(x_ptr, rows, stride_xt, e_index, keep, E, BE)
-            product = tl.sum(x.to(tl.float32) * y, 1)
+            product = product * scale
             at_token = token_offset + rows * H
             if REVERSE:
                 # The identity da = suffix sum of q dq - k dk restarts at every anchor from <S, dS>: rounding errors of
                 # later tokens would otherwise pile up in earlier ones.
                 if at_edge:
-                    anchored = tl.load(at_anchor, mask=in_state, other=0.0).to(tl.float32)
-                    carry = tl.sum(tl.sum(anchored * state, 1), 0) * scale
+                    anchored = tl.load(at_anchor, mask=in_state, other=0.0) * state.to(a.dtype).to(tl.float32)
+                    carry = tl.sum(tl.sum(anchored, 1), 0) * scale
                 read_at = product_ptr + (start + rows) * H + head
                 product = tl.load(read_at, mask=keep & (local * 0 + tile == 0), other=0.0) - product
                 inside = tl.sum(product, 0)
@@ -200,12 +229,11 @@ def scalar_sweep(
         if DECAY == "none":
             state = tl.dot(tl.trans(b), c, state, input_precision=PRECISION)
         else:
-            c = (c * write[:, None]).to(c.dtype)
-            state = tl.dot(tl.trans(b), c, state * tl.exp2(whole), input_precision=PRECISION)
+            state = tl.dot(tl.trans(b), column, state * tl.exp2(whole), input_precision=PRECISION)
         if DECAY_GRADIENT:
             if not REVERSE:
                 if at_edge:
-                    tl.store(at_anchor, state.to(anchor_ptr.dtype.element_ty), mask=in_state)
+                    tl.store(at_anchor, state, mask=in_state)
 
     if STORE_FINAL:
         if REVERSE:

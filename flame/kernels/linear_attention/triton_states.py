@@ -17,9 +17,9 @@ from flame.kernels.linear_attention.triton_scalar import LOG2E, item_bounds, loa
 def segment_states(
     b_ptr,  # [T, HB, K] k, or q in REVERSE
     c_ptr,  # [T, HC, V] v, or do in REVERSE
-    decay_ptr,
+    decay_ptr,  # [HG], [T, HG] from `chunk_sums`, or [chunks, H, K] factors
     state_ptr,  # [items, H, K, V] fp32
-    total_ptr,  # [items, H, 1 | K | V] fp32, log2 decay over the segment
+    total_ptr,  # [items, H, 1 | K] fp32, what the segment multiplies the state by
     starts_ptr,
     ends_ptr,
     scale,
@@ -40,7 +40,6 @@ def segment_states(
     BV: tl.constexpr,
     BT: tl.constexpr,
     DECAY: tl.constexpr,
-    BONUS: tl.constexpr,
     REVERSE: tl.constexpr,
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -50,6 +49,7 @@ def segment_states(
     item = tl.program_id(1) // H
     head = tl.program_id(1) % H
     start, length = item_bounds(starts_ptr, ends_ptr, item, tokens, segment, segments, VARLEN)
+    DOT: tl.constexpr = b_ptr.dtype.element_ty
     k_index = tile_k * BK + tl.arange(0, BK)
     v_index = tile_v * BV + tl.arange(0, BV)
     state = tl.zeros([BK, BV], tl.float32)
@@ -61,13 +61,10 @@ def segment_states(
     if DECAY == "scalar":
         decay_ptr += start * HG + head // GROUP_G
     if DECAY == "head" or DECAY == "scalar":
-        total = tl.zeros([], tl.float32)
-    if DECAY == "key":
-        decay_ptr += (start * HG + head // GROUP_G) * K
-        total = tl.zeros([BK], tl.float32)
-    if DECAY == "value":
-        decay_ptr += (start * HG + head // GROUP_G) * V
-        total = tl.zeros([BV], tl.float32)
+        total = tl.full([], 1.0, tl.float32)
+    if DECAY == "vector":
+        decay_ptr += ((start // BT + item) * H + head) * K
+        total = tl.full([BK], 1.0, tl.float32)
 
     local = tl.arange(0, BT)
     chunks = tl.cdiv(length, BT)
@@ -77,39 +74,25 @@ def segment_states(
         keep = rows < length
         rows = rows.to(tl.int64)
         b = load_rows(b_ptr, rows, stride_bt, k_index, keep, K, BK)
-        c = load_rows(c_ptr, rows, stride_ct, v_index, keep, V, BV)
+        c = load_rows(c_ptr, rows, stride_ct, v_index, keep, V, BV).to(DOT)
         if DECAY == "head":
             count = tl.minimum(length - chunk * BT, BT)
             decayed = rate * tl.minimum(local + 1, count).to(tl.float32)
             whole = rate * count.to(tl.float32)
         if DECAY == "scalar":
-            log = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0).to(tl.float32) * LOG2E
-            decayed = tl.cumsum(log, 0)
-            whole = tl.sum(log, 0)
-        if DECAY == "key":
-            log = load_rows(decay_ptr, rows, HG * K, k_index, keep, K, BK).to(tl.float32) * LOG2E
-            decayed = tl.cumsum(log, 0)
-            whole = tl.sum(log, 0)
-            if BONUS and REVERSE:
-                decayed -= log
-        if DECAY == "value":
-            log = load_rows(decay_ptr, rows, HG * V, v_index, keep, V, BV).to(tl.float32) * LOG2E
-            decayed = tl.cumsum(log, 0)
-            whole = tl.sum(log, 0)
+            decayed = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0)
+            last = tl.minimum(chunk * BT + BT, length) - 1
+            whole = tl.load(decay_ptr + last.to(tl.int64) * HG)
         if DECAY == "head" or DECAY == "scalar":
             weight = tl.exp2(decayed) if REVERSE else tl.exp2(whole - decayed)
-            c = (c * weight[:, None]).to(c.dtype)
-            state = state * tl.exp2(whole)
-        if DECAY == "key":
-            weight = tl.exp2(decayed) if REVERSE else tl.exp2(whole[None, :] - decayed)
-            b = (b * weight).to(b.dtype)
-            state = state * tl.exp2(whole)[:, None]
-        if DECAY == "value":
-            weight = tl.exp2(decayed) if REVERSE else tl.exp2(whole[None, :] - decayed)
-            c = (c * weight).to(c.dtype)
-            state = state * tl.exp2(whole)[None, :]
-        if DECAY != "none":
-            total += whole
+            c = (c * weight[:, None]).to(DOT)
+            factor = tl.exp2(whole)
+            state = state * factor
+            total *= factor
+        if DECAY == "vector":
+            factor = tl.load(decay_ptr + chunk.to(tl.int64) * (H * K) + k_index, mask=k_index < K, other=0.0)
+            state = state * factor[:, None]
+            total *= factor
         state = tl.dot(tl.trans(b), c, state, input_precision=PRECISION)
 
     slot = item.to(tl.int64) * H + head
@@ -120,12 +103,9 @@ def segment_states(
     if DECAY == "head" or DECAY == "scalar":
         if tl.program_id(0) == 0:
             tl.store(total_ptr + slot, total)
-    if DECAY == "key":
+    if DECAY == "vector":
         if tile_v == 0:
             tl.store(total_ptr + slot * K + k_index, total, mask=k_index < K)
-    if DECAY == "value":
-        if tile_k == 0:
-            tl.store(total_ptr + slot * V + v_index, total, mask=v_index < V)
 
 
 @triton.jit
@@ -166,11 +146,9 @@ def scan_segments(
         update = tl.load(state_ptr + slot * K * V + cell, mask=keep, other=0.0)
         tl.store(state_ptr + slot * K * V + cell, carry, mask=keep)
         if DECAY == "head" or DECAY == "scalar":
-            carry = carry * tl.exp2(tl.load(total_ptr + slot))
-        if DECAY == "key":
-            carry = carry * tl.exp2(tl.load(total_ptr + slot * K + cell // V, mask=keep, other=0.0))
-        if DECAY == "value":
-            carry = carry * tl.exp2(tl.load(total_ptr + slot * V + cell % V, mask=keep, other=0.0))
+            carry = carry * tl.load(total_ptr + slot)
+        if DECAY == "vector":
+            carry = carry * tl.load(total_ptr + slot * K + cell // V, mask=keep, other=0.0)
         carry += update
     if STORE_FINAL:
         tl.store(final_ptr + at_sequence, carry, mask=keep)
