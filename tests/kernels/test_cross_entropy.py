@@ -50,7 +50,7 @@ def test_sum_over_valid_tokens_equals_torch():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_linear_in_chunks_equals_definition(options, backend, monkeypatch):
-    small = Chunking(bytes=1, step_rows=3, multiple=5)  # several uneven chunks and steps
+    small = Chunking(bytes=1, multiple=5)  # three chunks, the last one short
     monkeypatch.setattr(ops, "default_chunking", lambda hidden: small)
     monkeypatch.setattr(triton_rows, "default_tile", lambda vocabulary: {"BLOCK": 16, "num_warps": 4, "UNROLL": 1})
     hidden, weight, labels = make(dtype=torch.float64 if backend == "chunked" else torch.float32)
@@ -68,7 +68,7 @@ def test_linear_in_chunks_equals_definition(options, backend, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_kl_in_chunks_equals_definition(backend, monkeypatch):
-    monkeypatch.setattr(ops, "default_chunking", lambda hidden: Chunking(bytes=1, step_rows=3, multiple=5))
+    monkeypatch.setattr(ops, "default_chunking", lambda hidden: Chunking(bytes=1, multiple=5))
     hidden, weight, labels = make(dtype=torch.float32)
     teacher = torch.randn(13, 6), torch.randn(37, 6)
     want, got = (
@@ -110,10 +110,11 @@ def test_a_label_outside_the_vocabulary_makes_the_loss_nan():
 
 
 def test_chunks_are_few_even_and_whole_tiles():
-    assert Chunking().rows(32768, 64000) == (16384, 16384)
-    assert Chunking(step_rows=512).rows(16384, 256512) == (4096, 512)
-    assert Chunking().rows(5, 64000) == (5, 5)
-    assert Chunking().rows(0, 64000) == (1, 1)
+    assert Chunking().size(32768, 64000) == 8192
+    assert Chunking().size(16384, 256512) == 4096
+    assert Chunking().size(8200, 64000) == 4224
+    assert Chunking().size(5, 64000) == 5
+    assert Chunking().size(0, 64000) == 1
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])

@@ -111,7 +111,7 @@ def linear_kl(
         kl_rows = chunked.kl_rows
     losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     chunking, V = default_chunking(hidden), len(weight)
-    teacher_logits = padded_logits(chunking.rows(len(hidden), V * hidden.element_size())[1], V, teacher_hidden)
+    teacher_logits = padded_logits(chunking.size(len(hidden), V * hidden.element_size()), V, teacher_hidden)
 
     def make_gradient(logits: Tensor, rows: slice) -> None:
         teacher = teacher_logits[: len(logits)]

@@ -76,7 +76,7 @@ class _VocabularyParallel(torch.autograd.Function):
 def _same_on_all_ranks(hidden: Tensor, shard: VocabularyShard) -> Chunking:
     """Chunks by the mean shard, since every chunk is a meeting and shards may be uneven."""
     columns = -(-shard.vocabulary // dist.get_world_size(shard.group))
-    rows, _ = default_chunking(hidden).rows(len(hidden), columns * hidden.element_size())
+    rows = default_chunking(hidden).size(len(hidden), columns * hidden.element_size())
     return Chunking(bytes=0, multiple=rows)
 
 
