@@ -86,13 +86,16 @@ class FiniteGuard:
         self._consecutive = torch.where(allowed, 0, self._consecutive + 1)
         return allowed
 
-    def check(self) -> None:
+    def check(self) -> int:
         """Read the verdict; synchronises with the device.
+
+        Returns:
+            How many updates were dropped since the process began.
 
         Raises:
             NonFiniteStep: under `stop` and `rollback` after any bad step, under `skip` after too many in a row.
         """
-        first_bad, consecutive = torch.stack([self._first_bad, self._consecutive]).tolist()
+        first_bad, consecutive, skipped = torch.stack([self._first_bad, self._consecutive, self.skipped]).tolist()
         if first_bad >= 0 and self.policy != "skip":
             raise NonFiniteStep(
                 first_bad,
@@ -107,6 +110,7 @@ class FiniteGuard:
                 f"skipping does not help any more. Resume from an earlier checkpoint (checkpoint.load_step) with a "
                 f"lower optimizer.lr.",
             )
+        return skipped
 
     def reset(self) -> None:
         """Forget what was seen, after going back to a checkpoint."""

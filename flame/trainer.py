@@ -72,7 +72,7 @@ class Trainer:
         self.agreement = Agreement(world.control, 2)
         self.stop_request = StopRequest()
         self.stopped = False
-        self.rollbacks = 0
+        self.rollbacks = self.skipped = 0
         self.saved_at = time.monotonic()
 
     def build_validator(self) -> Validator | None:
@@ -208,12 +208,14 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Read the figures of a step (this waits for the device) and write them down."""
-        self.guard.check()
+        skipped = self.guard.check()
         figures = torch.stack([result.loss, result.grad_norm.to(result.loss), result.learning_rate.to(result.loss)])
         loss, norm, lr = figures.tolist()
-        self.metrics.log(
-            self.progress.step, {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": self.progress.tokens}
-        )
+        counts = {"tokens": self.progress.tokens, "skipped_steps": skipped}
+        self.metrics.log(self.progress.step, {"loss": loss, "grad_norm": norm, "lr": lr, **counts})
+        if skipped > self.skipped and self.guard.policy == "skip":
+            logger.warning("%d updates dropped so far: their loss or gradient was not finite.", skipped)
+        self.skipped = skipped
 
     def validate(self) -> None:
         """Evaluate on held-out data and remember the first and the latest figures."""

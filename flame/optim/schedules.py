@@ -93,7 +93,8 @@ class LearningRate:
 
     def current(self) -> torch.Tensor:
         """Learning rate of the next update, 0-d fp32 on the device."""
-        return self._rates[self.updates.clamp(max=self._rates.numel() - 1)]
+        index = self.updates.clamp(max=self._rates.numel() - 1)
+        return self._rates.index_select(0, index.view(1)).view(())  # plain indexing would read the index on the host
 
     def advance(self, apply: torch.Tensor) -> None:
         """Count one update if `apply` (0-d bool) is true."""

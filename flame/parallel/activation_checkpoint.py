@@ -13,15 +13,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from flame.errors import ConfigError
 
 KERNEL_NAMESPACE = "flame"  # every kernel of ours is registered there
+# Kernels that cost about as much as reading their inputs: cheaper to run again than to keep.
+CHEAP_KERNELS = frozenset({"norm", "rotary", "swiglu", "token_shift", "log_gate", "short_convolution"})
 
 
 def is_expensive(op: Any) -> bool:
-    """Operations whose results are worth their memory: matrix products, attention, our kernels, communication."""
+    """Operations whose results are worth their memory: matrix products, attention, state kernels, communication."""
     if not isinstance(op, torch._ops.OpOverload):
         return False
-    if op.namespace in (KERNEL_NAMESPACE, "_c10d_functional"):
-        return True
-    return op.namespace == "aten" and op._opname in SAVED_ATEN_OPS
+    if op.namespace == KERNEL_NAMESPACE:
+        return op._opname not in CHEAP_KERNELS
+    return op.namespace == "_c10d_functional" or (op.namespace == "aten" and op._opname in SAVED_ATEN_OPS)
 
 
 SAVED_ATEN_OPS = frozenset(
