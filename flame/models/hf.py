@@ -238,11 +238,18 @@ def transformers_classes(model_type: str) -> tuple[Any, Any]:
 
     from flame.models.registry import get_system, resolve_config
 
-    known = set(get_system(model_type).config.__dataclass_fields__)
+    system = get_system(model_type)
+    known = set(system.config.__dataclass_fields__)
 
     class Config(PretrainedConfig):
+        def __init__(self, **values: Any) -> None:
+            """Keys that are not given take the system's defaults, not those of transformers."""
+            own = {key: value for key, value in values.items() if key in known}
+            own = resolve_config({**own, "model_type": model_type}).to_dict()
+            super().__init__(**{**values, **{key: value for key, value in own.items() if key != "model_type"}})
+
         def flame_config(self) -> ModelConfig:
-            values = {key: value for key, value in self.to_dict().items() if key in known}
+            values = {key: getattr(self, key) for key in known if hasattr(self, key)}
             return resolve_config({**values, "model_type": model_type})
 
     Config.model_type = model_type
@@ -250,6 +257,7 @@ def transformers_classes(model_type: str) -> tuple[Any, Any]:
     class Model(PreTrainedModel, GenerationMixin):
         config_class = Config
         base_model_prefix = ""
+        _tied_weights_keys = {HEAD: f"{system.names.backbone}.embeddings.weight"}  # where config.tie_word_embeddings
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -264,6 +272,9 @@ def transformers_classes(model_type: str) -> tuple[Any, Any]:
 
         def get_input_embeddings(self) -> nn.Module:
             return self.inner.decoder.embeddings
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.inner.lm_head
 
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, **unused: Any) -> CausalLMOutputWithPast:
             logits, loss = self.inner(input_ids).logits, None
