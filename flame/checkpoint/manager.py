@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from flame.checkpoint.state import (
     MODEL,
     OBJECTS,
     Stateful,
+    agree,
     check_fits,
+    gather_from_all,
     gather_objects,
     load_objects,
     read_tensors,
+    shapes_on_all_ranks,
     tensors_of,
     write_tensors,
 )
@@ -33,6 +37,8 @@ from flame.models.hf import DTYPES, load_weights
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+STORAGE_ADVICE = "Free space, or make the folder writable."
+SLOWEST_WRITER = timedelta(hours=2)  # ranks wait for one another's files
 
 
 class CheckpointManager:
@@ -58,8 +64,10 @@ class CheckpointManager:
         self.options, self.states, self.files = options, dict(states), dict(files or {})
         self.root = folder / options.folder
         # Collectives of a save in the background must not meet those of training, nor those of the next save's start.
-        self.group = dist.new_group(backend="gloo")
-        self.writers = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITER)
+        self.writers = dist.new_group(backend="gloo", timeout=SLOWEST_WRITER)
+        pinned = options.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
+        self.stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         self.pending: PendingSave | None = None
         unknown = [name for name in options.exclude_from_loading if name not in self.states]
         if unknown:
@@ -88,9 +96,9 @@ class CheckpointManager:
         self.finish_pending(raise_failure=False)
         weights_only = last and self.options.last_save_model_only
         try:
-            folder = self.begin(step, weights_only)
+            self.begin(step, weights_only)
             tensors = self.weights() if weights_only else self.tensors(self.states)
-            save = PendingSave(self, step, folder)
+            save = PendingSave(self, step, weights_only)
             if self.options.async_mode == "disabled" or last:
                 save.write(tensors)
             else:
@@ -100,27 +108,24 @@ class CheckpointManager:
             return self.report_failure(step, error, raise_failure=last)
         return True
 
-    def begin(self, step: int, weights_only: bool) -> Path:
-        """Make the folder and write all but the tensors into it; agreed, so that no rank waits for another in vain."""
-        objects = gather_objects({} if weights_only else self.states, self.group)
-        folder, problem = storage.step_folder(self.root, step).with_suffix(".tmp"), ""
+    def begin(self, step: int, weights_only: bool) -> None:
+        """Make the folder and write all but the tensors into it."""
+        objects, problem = gather_objects({} if weights_only else self.states, self.group), ""
         if self.is_writer:
             try:
-                storage.begin(self.root, step)
+                folder = storage.begin(self.root, step)
                 torch.save(objects, folder / OBJECTS)
                 for name, text in self.files.items():
                     (folder / name).write_text(text)
             except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-                problem = f"{error}"
-        self.raise_together(problem, f"cannot write {folder}")
-        return folder
+                problem = str(error)
+        self.raise_together(problem, f"cannot write {storage.temporary_folder(self.root, step)}", STORAGE_ADVICE)
 
-    def raise_together(self, problem: str, what: str) -> None:
-        """Raise on every rank what rank 0 ran into."""
-        verdict = [problem]
-        dist.broadcast_object_list(verdict, src=0, group=self.group)
-        if verdict[0]:
-            raise CheckpointError(f"{what}: {verdict[0]}. Free space or make the folder writable.")
+    def raise_together(self, problem: str, what: str, advice: str) -> None:
+        """Raise on every rank what any rank ran into, so that none waits for another in vain."""
+        found = agree(problem, self.group)
+        if found:
+            raise CheckpointError(f"{what}: {found}. {advice}")
 
     def tensors(self, parts: Mapping[str, Stateful | nn.Module]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -135,13 +140,17 @@ class CheckpointManager:
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
     def stage(self, tensors: dict[str, Tensor]) -> Any:
-        """A copy in host memory, which later updates do not reach."""
-        pinned = self.options.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
-        stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
-        return stager.stage(tensors)
+        """A copy in host memory, which later updates do not reach; the same memory at every save."""
+        staged, problem = None, ""
+        try:
+            staged = self.stager.stage(tensors)
+        except RuntimeError as error:  # out of host memory, or of what may be pinned
+            problem = str(error)
+        self.raise_together(problem, "no copy in host memory", 'Use checkpoint.async_mode = "disabled".')
+        return staged
 
     def maybe_wait_for_staging(self) -> None:
-        """Nothing of the live tensors is read after `save` returns, so an update need not wait; kept for its place."""
+        """For callers that wait before an update. `save` returns when its copy is complete, so there is nothing to do."""
 
     def finish_pending(self, raise_failure: bool = True) -> bool:
         """Wait for a save in the background, if there is one; False when it failed."""
@@ -156,7 +165,7 @@ class CheckpointManager:
 
     def report_failure(self, step: int, error: CheckpointError, raise_failure: bool) -> bool:
         if self.is_writer:
-            storage.discard(storage.step_folder(self.root, step).with_suffix(".tmp"))
+            storage.discard(self.root, step)
         if raise_failure:
             raise error
         logger.error(
@@ -175,7 +184,8 @@ class CheckpointManager:
     def load(self, step: int = -1) -> int | None:
         """Load the newest complete checkpoint of the run, or that of `step`, into the states.
 
-        A run that has none yet starts from `initial_load_path`, if that is given.
+        A run that has none yet starts from `initial_load_path`, if that is given. Of step 0, before any training, only
+        the weights are taken, so that it may come from `flame convert` or from a job with another optimizer.
 
         Returns:
             The step, or None when the run begins.
@@ -186,37 +196,77 @@ class CheckpointManager:
         self.finish_pending(raise_failure=False)
         found = self.choose(step) if self.options.enable else None
         if found is not None:
-            self.load_parts(storage.step_folder(self.root, found), self.wanted(self.states))
+            parts = self.states if found > 0 else {MODEL: self.states[MODEL]}
+            self.load_parts(storage.step_folder(self.root, found), self.wanted(parts))
         elif self.options.initial_load_path:
             self.load_initial(Path(self.options.initial_load_path))
         return found
 
     def choose(self, step: int) -> int | None:
-        """The step to load, decided by rank 0 for all."""
-        choice: list[Any] = [None, ""]
+        """The step to load, the same on all ranks: `step`, or the newest that is complete and holds everything."""
+        candidates = [entry for entry in self.candidates(step) if entry.step == 0 or not entry.weights_only]
+        for entry in candidates:
+            folder = storage.step_folder(self.root, entry.step)
+            problem = self.damage(folder)
+            if not problem:
+                return entry.step
+            if step >= 0:
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged: {problem}. Set checkpoint.load_step to another step."
+                )
+            if self.is_writer:
+                logger.warning("Checkpoint %s is damaged: %s. Trying the one before it.", folder, problem)
+        if candidates:  # starting from nothing would waste the run that they are left from
+            raise CheckpointError(
+                f"every checkpoint in {self.root} is damaged; the log names what is wrong with each. Move the folder "
+                f"away to start anew, or set checkpoint.initial_load_path to a good checkpoint."
+            )
+        return None
+
+    def candidates(self, step: int) -> list[storage.Published]:
+        """Checkpoints to try in turn, as rank 0 sees them."""
+        found: list[Any] = [[], ""]
         if self.is_writer:
             try:
-                if step < 0:
-                    choice[0] = storage.newest_good(self.root)
-                else:
-                    storage.require_good(self.root, step)
-                    choice[0] = step
-            except CheckpointError as error:
-                choice[1] = str(error)
-        dist.broadcast_object_list(choice, src=0, group=self.group)
-        if choice[1]:
-            raise CheckpointError(choice[1])
-        return choice[0]
+                storage.tidy(self.root)
+                if step >= 0:
+                    storage.require_step(self.root, step)
+                found[0] = [entry for entry in reversed(storage.published(self.root)) if step in (-1, entry.step)]
+                self.refuse_weights_only(found[0])
+            except (OSError, CheckpointError) as error:
+                found[1] = str(error)
+        dist.broadcast_object_list(found, src=0, group=self.group)
+        if found[1]:
+            raise CheckpointError(found[1])
+        return found[0]
+
+    def refuse_weights_only(self, entries: list[storage.Published]) -> None:
+        """Raise when the newest checkpoint has no optimizer state; going back further is for the user to decide."""
+        if not entries or not entries[0].weights_only or entries[0].step == 0:
+            return
+        older = [entry.step for entry in entries if not entry.weights_only]
+        resumable = f", or checkpoint.load_step = {older[0]} to go back to what can be resumed" if older else ""
+        raise CheckpointError(
+            f"checkpoint {storage.step_folder(self.root, entries[0].step)} holds weights only "
+            f"(checkpoint.last_save_model_only), so the run cannot be resumed from it. To train its weights further: "
+            f"another job.dump_folder with this folder as checkpoint.initial_load_path{resumable}."
+        )
+
+    def damage(self, folder: Path) -> str:
+        """What is wrong with a checkpoint, or nothing; ranks share the reading."""
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        return agree(storage.damage(folder, rank, ranks) or "", self.group)
 
     def load_initial(self, path: Path) -> None:
         """Start from a Hugging Face folder, or from a checkpoint (`.../step-N`): its weights, or all of its state."""
         model = self.states[MODEL]
-        if self.options.initial_load_in_hf:
+        is_hf = (path / CONFIG_FILE).is_file() and not (path / storage.MANIFEST).is_file()
+        if self.options.initial_load_in_hf or is_hf:
             assert isinstance(model, nn.Module)
             load_weights(model, path)
             return
-        problem = storage.damage(path)
-        if problem is not None:
+        problem = self.damage(path)
+        if problem:
             raise CheckpointError(f"checkpoint.initial_load_path = {path} cannot be used: {problem}.")
         self.load_parts(path, self.wanted({MODEL: model} if self.options.initial_load_model_only else self.states))
 
@@ -225,7 +275,7 @@ class CheckpointManager:
 
     def load_parts(self, folder: Path, parts: Mapping[str, Stateful | nn.Module]) -> None:
         tensors = self.tensors(parts)
-        check_fits(tensors, folder, lambda: self.config_differences(folder))
+        check_fits(shapes_on_all_ranks(tensors, self.group), folder, lambda: self.config_differences(folder))
         read_tensors(tensors, folder, self.group)
         objects = load_objects(folder)
         for name, state in parts.items():
@@ -246,27 +296,42 @@ class CheckpointManager:
 class PendingSave:
     """One save: its tensors are written by all ranks, then rank 0 publishes it."""
 
-    def __init__(self, manager: CheckpointManager, step: int, folder: Path) -> None:
-        self.manager, self.step, self.folder = manager, step, folder
+    def __init__(self, manager: CheckpointManager, step: int, weights_only: bool) -> None:
+        self.manager, self.step, self.weights_only = manager, step, weights_only
+        self.folder = storage.temporary_folder(manager.root, step)
         self.failure: CheckpointError | None = None
         self.thread: threading.Thread | None = None
 
     def write(self, tensors: dict[str, Any]) -> None:
         """Write and publish; raises CheckpointError on every rank if any of them fails."""
         write_tensors(tensors, self.folder, self.manager.writers)
-        problem = [self.publish() if self.manager.is_writer else ""]
-        dist.broadcast_object_list(problem, src=0, group=self.manager.writers)
-        if problem[0]:
-            raise CheckpointError(f"{self.folder} could not be published: {problem[0]}.")
+        files, problem = self.describe_own()
+        everyone = gather_from_all((files, problem), self.manager.writers)
+        files = {name: entry for own, _ in everyone for name, entry in own.items()}
+        problems = [problem for _, problem in everyone if problem]
+        if self.manager.is_writer and not problems:
+            problems = self.publish(files)
+        verdict = [problems]
+        dist.broadcast_object_list(verdict, src=0, group=self.manager.writers)
+        if verdict[0]:
+            raise CheckpointError(f"{self.folder} could not be published: {'; '.join(verdict[0])}. {STORAGE_ADVICE}")
 
-    def publish(self) -> str:
-        """Empty, or what went wrong."""
+    def describe_own(self) -> tuple[dict[str, storage.FileEntry], str]:
+        """Size and checksum of what this rank wrote, which its page cache still holds, or what went wrong."""
         try:
-            storage.publish(self.manager.root, self.step, self.folder)
+            own = storage.files_of_rank(self.folder, dist.get_rank(self.manager.writers))
+            return storage.describe_files(self.folder, own), ""
+        except OSError as error:
+            return {}, str(error)
+
+    def publish(self, files: dict[str, storage.FileEntry]) -> list[str]:
+        """What went wrong, if anything."""
+        try:
+            storage.publish(self.manager.root, self.step, files, self.weights_only)
             storage.purge(self.manager.root, self.manager.options.keep_latest_k)
         except OSError as error:
-            return str(error)
-        return ""
+            return [str(error)]
+        return []
 
     def start(self, tensors: dict[str, Any]) -> None:
         """Write in the background."""

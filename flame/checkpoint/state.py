@@ -6,6 +6,7 @@ gathered and merged, so that what is stored does not depend on which rank stored
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,6 +84,20 @@ def gather_objects(states: Mapping[str, Stateful | nn.Module], group: dist.Proce
     return merged
 
 
+def gather_from_all(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's `value`, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def agree(problem: str, group: dist.ProcessGroup) -> str:
+    """Every rank's problem in one text, the same on all ranks; empty when none has any."""
+    problems = gather_from_all(problem, group)
+    named = [(f"rank {rank}: " if len(problems) > 1 else "") + text for rank, text in enumerate(problems) if text]
+    return "; ".join(dict.fromkeys(named))
+
+
 def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
     """Write every rank's shards.
 
@@ -92,8 +107,7 @@ def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGrou
     try:
         dcp.save(tensors, checkpoint_id=folder, process_group=group)
     except CheckpointException as error:  # a BaseException, which `except Exception` would let through
-        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
-        raise CheckpointError(f"writing {folder} failed: {causes}.") from None
+        raise CheckpointError(f"writing {folder} failed: {causes(error)}.") from None
 
 
 def read_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
@@ -101,8 +115,12 @@ def read_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGr
     try:
         dcp.load(tensors, checkpoint_id=folder, process_group=group)
     except CheckpointException as error:
-        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
-        raise CheckpointError(f"reading {folder} failed: {causes}.") from None
+        raise CheckpointError(f"reading {folder} failed: {causes(error)}.") from None
+
+
+def causes(error: CheckpointException) -> str:
+    """What went wrong on which rank."""
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -111,28 +129,50 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def check_fits(tensors: Mapping[str, Tensor], folder: Path, differences: Callable[[], str]) -> None:
+def shapes_on_all_ranks(tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that any rank holds; ranks hold different ones when layers are split over them."""
+    own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    digests = gather_from_all(zlib.crc32(repr(own).encode()), group)
+    if len(set(digests)) == 1:
+        return own
+    return {name: shape for shapes in gather_from_all(own, group) for name, shape in shapes.items()}
+
+
+def check_fits(wanted: Mapping[str, tuple[int, ...]], folder: Path, differences: Callable[[], str]) -> None:
     """Refuse a checkpoint whose tensors are not those wanted.
 
     Args:
+        wanted: shapes by name, of all ranks.
         differences: text on how the checkpoint's model differs from this one; asked for only in an error.
     """
     stored = stored_shapes(folder)
-    parts = {name.split(".")[0] for name in tensors}
-    missing = [name for name in tensors if name not in stored]
-    unexpected = [name for name in stored if name.split(".")[0] in parts and name not in tensors]
+    parts = {name.split(".")[0] for name in wanted}
+    stored = {name: shape for name, shape in stored.items() if name.split(".")[0] in parts}
+    problem = mismatch(wanted, stored)
+    if not problem:
+        return
+    wrong = {name.split(".")[0] for name in {*wanted, *stored} if wanted.get(name) != stored.get(name)}
+    if MODEL in wrong:
+        what, advice = "model", "Use another job.dump_folder, or the [model] of that run."
+    else:
+        what = "optimizer"
+        advice = f"To start {' and '.join(sorted(wrong))} afresh: checkpoint.exclude_from_loading = {sorted(wrong)}."
+    raise CheckpointError(f"checkpoint {folder} is of another {what}. {problem}.{differences()} {advice}")
+
+
+def mismatch(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> str:
+    """How the tensors of a checkpoint differ from those wanted, by name and shape; empty when they do not."""
     reshaped = [
-        f"{name} is {list(stored[name])} there and {list(tensor.shape)} here"
-        for name, tensor in tensors.items()
-        if name in stored and stored[name] != tuple(tensor.shape)
+        f"{name} is {list(stored[name])} there and {list(shape)} here"
+        for name, shape in wanted.items()
+        if name in stored and stored[name] != shape
     ]
-    problems = [("not in the checkpoint", missing), ("not in this model", unexpected), ("of another shape", reshaped)]
-    lines = [f"{len(names)} {what}: {listed(names)}" for what, names in problems if names]
-    if lines:
-        raise CheckpointError(
-            f"checkpoint {folder} is of another model or optimizer. {'; '.join(lines)}.{differences()} "
-            f"Use another job.dump_folder, or the [model] of that run."
-        )
+    problems = [
+        ("not in the checkpoint", [name for name in wanted if name not in stored]),
+        ("not in this run", [name for name in stored if name not in wanted]),
+        ("of another shape", reshaped),
+    ]
+    return "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in problems if names)
 
 
 def listed(names: list[str]) -> str:

@@ -6,6 +6,7 @@ Tensor names are the same on both sides, so a folder is written and read tensor 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from flame.models.registry import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+HEAD = "lm_head.weight"
 SHARD_BYTES = 4 << 30
 
 
@@ -53,7 +55,8 @@ class FolderWriter:
     def __init__(self, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
         self.waiting: dict[str, Tensor] = {}
-        self.bytes = self.total = 0
+        self.bytes = 0
+        self.sizes: Counter[torch.dtype] = Counter()  # bytes by type
         self.shards: list[list[str]] = []
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
@@ -67,7 +70,7 @@ class FolderWriter:
             self.write_shard()
         self.waiting[name] = tensor.cpu().contiguous()
         self.bytes += size
-        self.total += size
+        self.sizes[tensor.dtype] += size
 
     def write_shard(self) -> None:
         save_file(self.waiting, self.part(len(self.shards)), metadata={"format": "pt"})
@@ -88,15 +91,14 @@ class FolderWriter:
         for number, name in enumerate(names):
             self.part(number).rename(self.folder / name)
         weight_map = {tensor: name for name, tensors in zip(names, self.shards) for tensor in tensors}
-        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": self.sizes.total()}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
+def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     """config.json as transformers and `build_model` read it."""
     values = {**config.to_dict(), "architectures": [architecture(config.model_type)]}
-    if dtype is not None:
-        values["dtype"] = str(dtype).removeprefix("torch.")
+    values["dtype"] = str(dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -108,7 +110,8 @@ def write_folder(
     for name, tensor in tensors:
         writer.add(name, tensor)
     writer.close()
-    write_config(folder, config, dtype)
+    (common, _), *_ = writer.sizes.most_common(1)
+    write_config(folder, config, common)
 
 
 def export_model(model: CausalLM, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -147,6 +150,21 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, shard.get_tensor(name)
 
 
+def files_by_name(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor of a folder."""
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as shard:
+            found.update(dict.fromkeys(shard.keys(), file))
+    return found
+
+
+def weights_on_meta(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor without memory) of a folder: shapes and types."""
+    for name, tensor in read_weights(folder):  # files are mapped, so that only what is looked at is read
+        yield name, tensor.to("meta")
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill a model, sharded or not, from a Hugging Face folder.
 
@@ -168,7 +186,7 @@ def load_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], where:
     for name, tensor in tensors:
         target = targets.get(name)
         if target is None:
-            if name == "lm_head.weight":  # the second name of a tied embedding
+            if name == HEAD:  # the second name of a tied embedding
                 continue
             raise CheckpointError(
                 f"{where} has a tensor {name}, which this model lacks; its config.json says which it is."
@@ -220,11 +238,18 @@ def transformers_classes(model_type: str) -> tuple[Any, Any]:
 
     from flame.models.registry import get_system, resolve_config
 
-    known = set(get_system(model_type).config.__dataclass_fields__)
+    system = get_system(model_type)
+    known = set(system.config.__dataclass_fields__)
 
     class Config(PretrainedConfig):
+        def __init__(self, **values: Any) -> None:
+            """Keys that are not given take the system's defaults, not those of transformers."""
+            own = {key: value for key, value in values.items() if key in known}
+            own = resolve_config({**own, "model_type": model_type}).to_dict()
+            super().__init__(**{**values, **{key: value for key, value in own.items() if key != "model_type"}})
+
         def flame_config(self) -> ModelConfig:
-            values = {key: value for key, value in self.to_dict().items() if key in known}
+            values = {key: getattr(self, key) for key in known if hasattr(self, key)}
             return resolve_config({**values, "model_type": model_type})
 
     Config.model_type = model_type
@@ -232,6 +257,7 @@ def transformers_classes(model_type: str) -> tuple[Any, Any]:
     class Model(PreTrainedModel, GenerationMixin):
         config_class = Config
         base_model_prefix = ""
+        _tied_weights_keys = {HEAD: f"{system.names.backbone}.embeddings.weight"}  # where config.tie_word_embeddings
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -246,6 +272,9 @@ def transformers_classes(model_type: str) -> tuple[Any, Any]:
 
         def get_input_embeddings(self) -> nn.Module:
             return self.inner.decoder.embeddings
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.inner.lm_head
 
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, **unused: Any) -> CausalLMOutputWithPast:
             logits, loss = self.inner(input_ids).logits, None

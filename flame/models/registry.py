@@ -95,10 +95,15 @@ def load_config(path: str | Path) -> ModelConfig:
             f"model.config: there is no file {file}. Give a JSON file or a folder that holds config.json."
         )
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(), object_hook=decode_infinity)
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.config: {file} is not valid JSON: {error}.") from error
     return resolve_config(values)
+
+
+def decode_infinity(table: dict[str, Any]) -> Any:
+    """transformers writes an infinite float, which JSON has not, as {"__float__": "Infinity"}."""
+    return float(table["__float__"]) if table.keys() == {"__float__"} else table
 
 
 def block_owner(config: ModelConfig, layer_idx: int) -> tuple[System, ModelConfig]:

@@ -1,14 +1,17 @@
 import argparse
+import json
 
 import pytest
 import torch
 from properties import tokens
+from safetensors.torch import save_file
 
 from flame.checkpoint import convert
-from flame.checkpoint.convert import from_hf, to_hf
+from flame.checkpoint.convert import from_hf, stored_weights, to_hf
+from flame.data.tokenizer import Tokenizer
 from flame.errors import CheckpointError
 from flame.models import build_model, initialize_weights
-from flame.models.hf import FolderWriter, export_model, load_model, read_weights, register_with_transformers
+from flame.models.hf import FolderWriter, export_model, load_model, read_weights
 
 CONFIG = {
     "model_type": "gla", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2,
@@ -40,6 +43,7 @@ def test_hugging_face_to_checkpoint_and_back_is_byte_equal(tmp_path, dtype, tied
     if dtype is None:
         assert torch.equal(load_model(tmp_path / "again")(ids).logits, model(ids).logits)
     assert (tmp_path / "again" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == ("bfloat16" if dtype else "float32")
 
 
 def test_large_folders_are_cut_into_indexed_shards(tmp_path):
@@ -53,22 +57,47 @@ def test_large_folders_are_cut_into_indexed_shards(tmp_path):
     assert len(dict(read_weights(tmp_path))) == 5
 
 
-def test_transformers_loads_the_folder_and_computes_the_same(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = exported(tmp_path)
-    register_with_transformers()
-    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    ids = tokens(2, 19)
-    torch.testing.assert_close(there(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-6)
-    assert type(there).__name__ == "GlaForCausalLM"
-
-
 def test_weights_of_another_shape_are_named(tmp_path):
     exported(tmp_path)
     from flame.models.hf import load_weights
 
     with pytest.raises(CheckpointError, match="weight is"):
         load_weights(build_model({**CONFIG, "vocab_size": 98}), tmp_path)
+
+
+def test_a_head_written_twice_by_other_tools_is_dropped_when_tied(tmp_path):
+    model = exported(tmp_path / "hf", tie_word_embeddings=True)
+    tensors = {**dict(read_weights(tmp_path / "hf")), "lm_head.weight": model.lm_head.weight.detach().clone()}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    assert "lm_head.weight" not in dict(stored_weights(step))
+    assert torch.equal(load_model(tmp_path / "hf").lm_head.weight, model.lm_head.weight)
+
+
+def test_weights_that_are_not_those_of_the_config_are_refused_with_their_names(tmp_path):
+    exported(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"not in the checkpoint: model.model.layers.2"):
+        from_hf(tmp_path, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_tensors_are_read_in_pieces_of_the_size_asked_for(tmp_path):
+    exported(tmp_path / "hf")
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    whole, pieces = dict(stored_weights(step)), dict(stored_weights(step, at_once=2000))
+    assert list(whole) == list(pieces) and all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
+def test_exports_name_the_special_tokens_of_their_tokenizer(tmp_path):
+    exported(tmp_path / "hf")
+    Tokenizer.byte_level().save(tmp_path / "hf")
+    step = from_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    to_hf(step, tmp_path / "out")
+    for file in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "out" / file).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"]) == (256, 257)
 
 
 def test_the_command_converts_in_both_directions(tmp_path, capsys):
