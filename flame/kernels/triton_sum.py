@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.layout import cdiv
+
 
 @triton.jit
 def _sum_kernel(partial, out, P, C, program_stride, out_column, out_plane, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -32,7 +34,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype, planes: int = 1) -> Tensor
     C = partial.shape[-1]
     out = torch.empty(C if planes == 1 and partial.dim() == 2 else (C, planes), dtype=dtype, device=partial.device)
     block = 32
-    _sum_kernel[(triton.cdiv(C, block), planes)](
+    _sum_kernel[(cdiv(C, block), planes)](
         partial, out[..., planes - 1 :] if out.dim() == 2 else out, len(partial), C, partial.stride(0),
         planes, -1, ROWS=64, BLOCK=block, num_warps=4,
     )  # fmt: skip

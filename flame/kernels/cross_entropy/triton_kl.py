@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.layout import power_of_2
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,6 +58,6 @@ def kl_rows(logits: Tensor, teacher: Tensor, valid: Tensor, temperature: float, 
     loss = logits.new_empty(n, dtype=torch.float32)
     _kl_kernel[(n,)](
         logits, teacher, valid.to(torch.int8), loss, logits.stride(0), teacher.stride(0), V, 1.0 / temperature,
-        WRITE=write, BLOCK=min(4096, triton.next_power_of_2(V)), num_warps=8,
+        WRITE=write, BLOCK=min(4096, power_of_2(V)), num_warps=8,
     )  # fmt: skip
     return loss

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flame.kernels import tiles
 from flame.kernels.cross_entropy.options import Statistics, Terms
+from flame.kernels.layout import cdiv, power_of_2
 
 _IGNORED = tl.constexpr(-100)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -150,14 +151,14 @@ def rows_kernel(
 @lru_cache(maxsize=64)
 def tile_key(vocabulary: int) -> str:
     """Key of the row kernel's tile."""
-    return tiles.key("rows", V=triton.next_power_of_2(vocabulary))
+    return tiles.key("rows", V=power_of_2(vocabulary))
 
 
 @lru_cache(maxsize=64)
 def default_tile(vocabulary: int) -> dict[str, int]:
     """BLOCK: columns read at a time, at least 16. UNROLL: tiles in flight."""
     if vocabulary <= 4096:
-        return {"BLOCK": max(16, triton.next_power_of_2(vocabulary)), "num_warps": 4, "UNROLL": 1}
+        return {"BLOCK": max(16, power_of_2(vocabulary)), "num_warps": 4, "UNROLL": 1}
     if vocabulary <= 65536:
         return {"BLOCK": 4096, "num_warps": 16, "UNROLL": 4}
     return {
@@ -254,5 +255,5 @@ def scaled(source: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """source * factor rounded once to `dtype`; the factor is read on the device, in its own precision."""
     out = torch.empty_like(source, dtype=dtype)
     block = 4096
-    _scale_kernel[(triton.cdiv(source.numel(), block),)](source, out, factor, source.numel(), BLOCK=block, num_warps=8)
+    _scale_kernel[(cdiv(source.numel(), block),)](source, out, factor, source.numel(), BLOCK=block, num_warps=8)
     return out

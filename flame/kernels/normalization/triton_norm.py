@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels import tiles
-from flame.kernels.layout import rows
+from flame.kernels.layout import cdiv, power_of_2, rows
 from flame.kernels.triton_sum import sum_partials
 
 
@@ -133,7 +133,7 @@ def norm_backward_kernel(
 @lru_cache(maxsize=256)
 def tile_key(kernel: str, C: int, gated: bool) -> str:
     """Key of the tile of 'forward' or 'backward' for rows of C channels."""
-    return tiles.key(kernel, C=triton.next_power_of_2(C), gated=gated)
+    return tiles.key(kernel, C=power_of_2(C), gated=gated)
 
 
 @lru_cache(maxsize=256)
@@ -145,14 +145,14 @@ def default_tile(kernel: str, C: int) -> dict[str, int]:
     if C <= 512:
         return {"elements": 1024, "num_warps": warps, "programs": 8}
     # A row wider than the tile is one tile; 16 elements a thread of five tensors still fit in registers.
-    warps = 8 if C <= 4096 else min(32, triton.next_power_of_2(C) // 512)
+    warps = 8 if C <= 4096 else min(32, power_of_2(C) // 512)
     return {"elements": 8192, "num_warps": warps, "programs": 2}
 
 
 def choose(kernel: str, x: Tensor, C: int, gated: bool) -> tuple[tiles.Tile, int, int]:
     """The tile, and the rows and columns it spans."""
     tile = tiles.choose("normalization", tile_key(kernel, C, gated), default_tile(kernel, C), x.device)
-    block = triton.next_power_of_2(C)
+    block = power_of_2(C)
     return tile, max(1, tile["elements"] // block), block
 
 
@@ -186,9 +186,9 @@ def forward(
     beside = None if residual is None else rows(residual)
     gates = None if gate is None else rows(gate)
     tile, height, block = choose("forward", x, C, gate is not None)
-    if len(flat):
-        norm_forward_kernel[(triton.cdiv(len(flat), height), kind.groups)](
-            flat, weight, bias, beside, gates, y, total, len(flat), C, flat.stride(0),
+    if flat.shape[0]:
+        norm_forward_kernel[(cdiv(flat.shape[0], height), kind.groups)](
+            flat, weight, bias, beside, gates, y, total, flat.shape[0], C, flat.stride(0),
             0 if beside is None else beside.stride(0), 0 if gates is None else gates.stride(0), kind.eps,
             **kind.flags(), ROWS=height, BLOCK=block, num_warps=tile["num_warps"],
         )  # fmt: skip
@@ -204,15 +204,15 @@ def backward(
     gates = None if gate is None else rows(gate)
     dgate = None if gate is None else torch.empty(x.shape, dtype=gate.dtype, device=x.device)
     tile, height, block = choose("backward", x, C, gate is not None)
-    most = triton.cdiv(tile["programs"] * tiles.multiprocessors(x.device), kind.groups)
-    programs = max(1, min(triton.cdiv(len(flat), height), most))
+    most = cdiv(tile["programs"] * tiles.multiprocessors(x.device), kind.groups)
+    programs = max(1, min(cdiv(flat.shape[0], height), most))
     dweight, dbias = (
         None if p is None else torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
         for p in (weight, bias)
     )
     norm_backward_kernel[(programs, kind.groups)](
         dys, None if dtotal is None else dtotal.contiguous(), flat, weight, gates, dx, dgate, dweight, dbias,
-        len(flat), C, flat.stride(0), 0 if gates is None else gates.stride(0), kind.eps,
+        flat.shape[0], C, flat.stride(0), 0 if gates is None else gates.stride(0), kind.eps,
         **kind.flags(), ROWS=height, BLOCK=block, num_warps=tile["num_warps"],
     )  # fmt: skip
     return (

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels.direct import Direct
+from flame.kernels.layout import cdiv, power_of_2
 
 
 @triton.jit
@@ -51,9 +52,9 @@ def _forward(x: Tensor, positions: Tensor, theta: float, back: bool) -> Tensor:
     B, T, H, D = x.shape
     y = torch.empty(B, T, H, D, dtype=x.dtype, device=x.device)
     positions = positions.contiguous()
-    block = triton.next_power_of_2(D // 2)
+    block = power_of_2(D // 2)
     block_t = max(1, 512 // block)
-    _kernel[(triton.cdiv(T, block_t), B)](
+    _kernel[(cdiv(T, block_t), B)](
         x, positions, _inverse_frequencies(D, theta, x.device), y, T, H, T if positions.dim() == 2 else 0,
         x.stride(0), x.stride(1), x.stride(2),
         SIGN=-1 if back else 1, HALF=D // 2, BLOCK_T=block_t, BLOCK_D=block, num_warps=4,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels import tiles
+from flame.kernels.layout import cdiv, power_of_2
 from flame.kernels.short_convolution import chunked
 from flame.kernels.triton_sum import sum_partials
 
@@ -260,7 +261,7 @@ def choose(kernel: str, x: Tensor, packed: bool) -> dict[str, int]:
     """SEGMENT: tokens of a program, a multiple of 4. BLOCK: its channels."""
     default = {"SEGMENT": 128 if kernel == "backward" else 32, "BLOCK": 512, "num_warps": 4}
     tile = tiles.choose("short_convolution", tile_key(kernel, packed, x.dtype), default, x.device)
-    return {**tile, "BLOCK": min(tile["BLOCK"], triton.next_power_of_2(x.shape[2]))}
+    return {**tile, "BLOCK": min(tile["BLOCK"], power_of_2(x.shape[2]))}
 
 
 def readable(x: Tensor) -> Tensor:
@@ -278,7 +279,7 @@ def forward(
     if y.numel():
         tile = choose("forward", x, cu_seqlens is not None)
         N = B if cu_seqlens is None else len(cu_seqlens) - 1
-        forward_kernel[(triton.cdiv(C, tile["BLOCK"]), triton.cdiv(T, tile["SEGMENT"]), B)](
+        forward_kernel[(cdiv(C, tile["BLOCK"]), cdiv(T, tile["SEGMENT"]), B)](
             x, weight.contiguous(), bias, None if state is None else state.contiguous(), cu_seqlens, y,
             T, C, N, x.stride(0), x.stride(1),
             SILU=silu, W=weight.shape[1], STEPS=N.bit_length(), **tile,
@@ -294,12 +295,12 @@ def backward(
     B, T, C = x.shape
     W = weight.shape[1]
     tile = choose("backward", x, cu_seqlens is not None)
-    segments = max(1, triton.cdiv(T, tile["SEGMENT"]))
+    segments = max(1, cdiv(T, tile["SEGMENT"]))
     dx = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
     dweight = torch.empty(B * segments, 4, C, dtype=torch.float32, device=x.device)
     dbias = None if bias is None else torch.empty(B * segments, C, dtype=torch.float32, device=x.device)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    backward_kernel[(triton.cdiv(C, tile["BLOCK"]), segments, B)](
+    backward_kernel[(cdiv(C, tile["BLOCK"]), segments, B)](
         dy, x, weight.contiguous(), bias, None if state is None else state.contiguous(), cu_seqlens, dx, dweight, dbias,
         T, C, N, x.stride(0), x.stride(1),
         SILU=silu, W=W, STEPS=N.bit_length(), **tile,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels.direct import Direct
-from flame.kernels.layout import rows
+from flame.kernels.layout import cdiv, power_of_2, rows
 
 _BLOCK, _WARPS = 2048, 4
 
@@ -55,10 +55,10 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _folded(gate, up)
     C = g.shape[1]
-    block = min(_BLOCK, triton.next_power_of_2(C))
+    block = min(_BLOCK, power_of_2(C))
     for at in range(0, len(g), 65535):  # the grid's second dimension is 16 bits
         end = min(at + 65535, len(g))
-        _forward_kernel[(triton.cdiv(C, block), end - at)](
+        _forward_kernel[(cdiv(C, block), end - at)](
             g[at:end], u[at:end], y.view(-1, C)[at:end], C, g.stride(0), u.stride(0), BLOCK=block, num_warps=_WARPS
         )
     return y
@@ -79,10 +79,10 @@ def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.contiguous()
     g, u = _folded(gate, up)
     C = g.shape[1]
-    block = min(_BLOCK, triton.next_power_of_2(C))
+    block = min(_BLOCK, power_of_2(C))
     for at in range(0, len(g), 65535):
         end = min(at + 65535, len(g))
-        _backward_kernel[(triton.cdiv(C, block), end - at)](
+        _backward_kernel[(cdiv(C, block), end - at)](
             dy.view(-1, C)[at:end], g[at:end], u[at:end], dgate.view(-1, C)[at:end], dup.view(-1, C)[at:end],
             C, g.stride(0), u.stride(0), BLOCK=block, num_warps=_WARPS,
         )  # fmt: skip

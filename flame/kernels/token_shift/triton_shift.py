@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels.direct import Direct
+from flame.kernels.layout import cdiv, power_of_2
 from flame.kernels.short_convolution.triton_convolution import find_sequence
 
 
@@ -54,10 +55,10 @@ def _launch(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, back: bo
     B, T, C = x.shape
     y = torch.empty_like(x)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    block_c = min(512, triton.next_power_of_2(C))
+    block_c = min(512, power_of_2(C))
     block_t = 2048 // block_c
     if x.numel():
-        _kernel[(triton.cdiv(C, block_c), triton.cdiv(B * T, block_t))](
+        _kernel[(cdiv(C, block_c), cdiv(B * T, block_t))](
             x, None if state is None else state.contiguous(), cu_seqlens, y, B * T, T, C, N,
             BACK=back, STEPS=N.bit_length(), BLOCK_T=block_t, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
