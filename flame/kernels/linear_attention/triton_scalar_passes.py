@@ -71,10 +71,8 @@ class DecayGradient:
 def default_tile(D: int, E: int, dtype: torch.dtype) -> tiles.Tile:
     """A tile that compiles everywhere; `flame doctor --tune` finds faster ones."""
     wide = power_of_2(D) * (2 if dtype == torch.float32 else 1)
-    rows = 64 if wide <= 256 else 32
+    rows = 64 if wide <= 512 else 16
     columns = min(64 if wide <= 256 else 32, power_of_2(E))
-    if wide > 512:
-        rows = 16
     warps = 8 if wide >= 256 else 4
     return {"BT": rows, "BE": columns, "num_warps": warps, "num_stages": 2 if wide <= 128 else 1}
 

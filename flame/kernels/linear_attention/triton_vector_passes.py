@@ -48,7 +48,7 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
     wide = 2 if dtype == torch.float32 else 1
     summed = power_of_2(K if name == "key" else V) * wide
     if name == "prepare":
-        return {"BT": 64 if max(K, V) * wide <= 256 else 32, "BK": min(64 // wide, power_of_2(K)), "num_warps": 4}
+        return {"BT": 64 if max(K, V) * wide <= 512 else 32, "BK": min(64 // wide, power_of_2(K)), "num_warps": 4}
     if name.startswith("finish"):
         return {"BK": min(32, power_of_2(K)), "BV": min(64 // wide, power_of_2(V)), "num_warps": 4 * wide}
     columns = "BV" if name == "key" else "BK"

@@ -1,0 +1,141 @@
+"""Our kernels beside every peer that is installed.
+
+    python -m benchmarks.kernels --op linear_attention --out results/kernels --rounds 3
+
+writes kernels.json, kernels.md and, with matplotlib, kernels.png. A case module ``benchmarks/cases/<op>.py`` has one
+function ``benchmarks() -> list[Benchmark]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import platform
+from pathlib import Path
+
+import torch
+
+import benchmarks.cases
+from benchmarks.harness import Benchmark, Cell, measure, milliseconds
+
+OURS = "flame"
+
+
+def find(ops: list[str], text: str) -> list[Benchmark]:
+    found = []
+    for module in pkgutil.iter_modules(benchmarks.cases.__path__):
+        if not ops or module.name in ops:
+            found += importlib.import_module(f"benchmarks.cases.{module.name}").benchmarks()
+    return [each for each in found if text in each.name]
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Copy bandwidth and bf16 matrix rate of this machine in this run."""
+    x = torch.randn(2**29, device=device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copy, product = milliseconds(lambda: y.copy_(x), 200), milliseconds(lambda: a @ b, 200)
+    return {"copy_terabytes_per_s": 2 * x.nbytes / copy / 1e9, "matmul_teraflops": 2 * 8192**3 / product / 1e9}
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    import triton
+
+    names = ("fla-core", "flash-linear-attention", "liger-kernel", "cut-cross-entropy")
+    peers = {name: version for name in names if (version := installed(name))}
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "peers": peers,
+        **ceilings(device),
+    }
+
+
+def installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(cells: list[Cell], facts: dict[str, object]) -> str:
+    """Markdown: one row a cell; the ratio is a peer's forward + backward over ours (graph replay, else eager)."""
+    rows = [
+        f"{facts}",
+        "",
+        "| case | implementation | graph f / f+b ms | eager f / f+b ms | peer / ours graph, eager | MiB | first call s "
+        "| TB/s | worst error | status |",
+        "|" + "---|" * 10,
+    ]
+    ours = {cell.name: cell for cell in cells if cell.implementation == OURS}
+    for cell in cells:
+        own = ours.get(cell.name)
+        worst = max(cell.errors.items(), key=lambda item: item[1], default=("-", float("nan")))
+        ratios = []
+        for clock in ("graph_both_ms", "eager_both_ms"):
+            ratios.append("-" if own is None else f"{cell.median(clock) / own.median(clock):.2f}")
+        rows.append(
+            f"| {cell.name} | {cell.implementation} "
+            f"| {cell.median('graph_forward_ms'):.3f} / {cell.median('graph_both_ms'):.3f} "
+            f"| {cell.median('eager_forward_ms'):.3f} / {cell.median('eager_both_ms'):.3f} "
+            f"| {', '.join(ratios)} | {cell.peak_mib:.0f} | {cell.first_call_s:.1f} | {cell.terabytes_per_s:.2f} "
+            f"| {worst[0]} {worst[1]:.1e} | {cell.status} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def plot(cells: list[Cell], path: Path) -> None:
+    """Bars of forward + backward by case and implementation."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("No matplotlib, so no plot.")
+        return
+    names = list(dict.fromkeys(cell.name for cell in cells))
+    kinds = list(dict.fromkeys(cell.implementation for cell in cells))
+    figure, axes = plt.subplots(figsize=(max(6, len(names)), 4))
+    for position, kind in enumerate(kinds):
+        times = {cell.name: cell.median("graph_both_ms") for cell in cells if cell.implementation == kind}
+        offsets = [index + position / (len(kinds) + 1) for index in range(len(names))]
+        axes.bar(offsets, [times.get(name, float("nan")) for name in names], 1 / (len(kinds) + 1), label=kind)
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=6)
+    axes.set_ylabel("forward + backward, ms")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", default=[], help="case module, may be repeated; default all")
+    parser.add_argument("--case", default="", help="only cases whose name contains this text")
+    parser.add_argument("--out", type=Path, default=Path("outputs/kernels"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeat-ms", type=int, default=100, help="measuring time per clock, round and implementation")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.kernels needs a GPU.")
+    device = torch.device("cuda")
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts, cells = machine(device), []
+    for benchmark in find(args.op, args.case):
+        cells += measure(benchmark, device, args.rounds, args.repeat_ms)
+        torch.cuda.empty_cache()
+        result = {"machine": facts, "cells": [cell.as_dict() for cell in cells]}
+        (args.out / "kernels.json").write_text(json.dumps(result, indent=1))
+        (args.out / "kernels.md").write_text(table(cells, facts))
+        print(table(cells[-len(benchmark.implementations) :], {}), flush=True)
+    plot(cells, args.out / "kernels.png")
+
+
+if __name__ == "__main__":
+    main()
