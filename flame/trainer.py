@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from flame.checkpoint import CheckpointManager
+from flame.checkpoint.convert import name_special_tokens
 from flame.config import JobConfig, model_values, to_toml
 from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, load_tokenizer
 from flame.data.build import global_batch_size
@@ -201,7 +202,7 @@ class Trainer:
         loaded = self.checkpoints.load()
         if loaded is None:
             raise NonFiniteStep(error.step, f"{error} There is no checkpoint to go back to.") from error
-        self.metrics.last_step = loaded
+        self.metrics.rewind(loaded)
         self.guard.reset()
         self.optimizer.zero_grad()
         logger.warning("step %d was not finite: back at step %d, that step's data will be left out", error.step, loaded)
@@ -270,6 +271,7 @@ class Trainer:
         export_model(self.model, folder, DTYPES[self.job.checkpoint.export_dtype])
         if self.world.is_main:
             self.tokenizer.save(folder)
+            name_special_tokens(folder)
             logger.info("Exported to %s.", folder)
 
     def announce(self) -> None:

@@ -45,21 +45,18 @@ class MetricsLogger:
         wanted = is_main or job.metrics.save_for_all_ranks
         place = folder if is_main else folder / f"rank_{torch.distributed.get_rank()}"
         self.writers: list[Writer] = open_writers(job, place, resumed_from, dict(config or {})) if wanted else []
-        self.last_step = resumed_from
-        self.tokens = 0
         self.bar = ProgressBar(job.training.steps) if is_main and sys.stderr.isatty() else None
         self.color = not job.metrics.disable_color_printing and sys.stderr.isatty()
 
     def step_done(self, step: int, tokens: int) -> None:
         """Count a step of `tokens` tokens over all ranks; reads nothing from the device."""
-        self.tokens += tokens
+        self.throughput.step_done(tokens)
         if self.bar is not None:
             self.bar.show(step)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Write the figures of a step (`loss`, `grad_norm`, `lr`, and any others) together with the rates since last time."""
-        rates = self.throughput.read(self.tokens, step - self.last_step)
-        self.last_step, self.tokens = step, 0
+        rates = self.throughput.read()
         if not self.writers:
             return
         self.write(step, {**figures, **rates})
@@ -67,9 +64,18 @@ class MetricsLogger:
             self.print_line(self.line(step, figures, rates))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """Figures to the files, without a line on the terminal."""
+        """Figures to the files, without a line on the terminal. A full disk is no reason to stop training."""
         for writer in self.writers:
-            writer.write(step, figures)
+            try:
+                writer.write(step, figures)
+            except OSError as error:
+                logger.warning("figures of step %d were not written: %s", step, error)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: take back what was written about later ones."""
+        self.throughput.restart()
+        for writer in self.writers:
+            writer.rewind(step)
 
     def line(self, step: int, figures: Mapping[str, float], rates: Mapping[str, float]) -> str:
         parts = [
