@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,43 +49,67 @@ class Sampling:
             raise ConfigError(f"{wrong[0]} = {getattr(self, wrong[0])} is out of range; see `flame generate --help`.")
 
 
-@torch.no_grad()
 def generate(model: CausalLM, prompt: Sequence[int], sampling: Sampling, stop: int | None = None) -> list[int]:
-    """Tokens that follow `prompt`, decoded one by one from the model's cache.
+    """Tokens that follow `prompt`; see `generate_batch`."""
+    return generate_batch(model, [prompt], sampling, stop)[0]
 
-    Under FSDP all ranks must call it together; they draw the same tokens.
+
+@torch.no_grad()
+def generate_batch(
+    model: CausalLM,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop: int | None = None,
+    is_done: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Tokens that follow each prompt, decoded together one by one from the model's cache.
+
+    All rows stand at the same position: the prompts are read together up to the end of the shortest, and from there on a
+    row takes the next token of its prompt while it has one, and its own afterwards. Nothing is padded, so that every
+    system decodes exactly. Under FSDP all ranks must call it together; they draw the same tokens.
 
     Args:
-        stop: token that ends the text; it is the last one returned.
+        prompts: token ids, at least one each.
+        stop: token that ends a text; it is the last one returned.
+        is_done: whether row `i` is finished, given the tokens added to it so far.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache, given = model.new_cache(), torch.tensor([list(prompt)], device=device)
-    added: list[int] = []
-    while len(added) < sampling.max_new_tokens:
-        logits = model(given, cache=cache).logits[0, -1]
-        token = choose(logits, sampling, generator)
-        added.append(int(token))
-        if added[-1] == stop:
-            break
-        given = token.view(1, 1)
-    return added
+    rows, lengths = [list(prompt) for prompt in prompts], [len(prompt) for prompt in prompts]
+    position, cache, open_rows = min(lengths), model.new_cache(), set(range(len(rows)))
+    given = torch.tensor([row[:position] for row in rows], device=device)
+    while True:
+        drawn = choose(model(given, cache=cache).logits[:, -1], sampling, generator).tolist()
+        for index in sorted(open_rows):
+            row, length = rows[index], lengths[index]
+            if len(row) > position:  # still in its prompt
+                continue
+            row.append(drawn[index])
+            full = len(row) - length == sampling.max_new_tokens
+            if full or drawn[index] == stop or (is_done is not None and is_done(index, row[length:])):
+                open_rows.discard(index)
+        if not open_rows:
+            return [row[length:] for row, length in zip(rows, lengths)]
+        # Finished rows go on with any token; nothing is taken from them.
+        given = torch.tensor([row[min(position, len(row) - 1)] for row in rows], device=device)[:, None]
+        position += 1
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token from logits [V]."""
+    """The next tokens [...] from logits [..., V]."""
     logits = logits.float()
     if sampling.temperature == 0:
-        return logits.argmax()
+        return logits.argmax(-1)
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
     probabilities = torch.softmax(logits, -1)
     if sampling.top_p < 1:
         ranked, order = probabilities.sort(descending=True)
-        beyond = ranked.cumsum(0) - ranked >= sampling.top_p  # keeps the token that crosses the threshold
-        probabilities = probabilities.scatter(0, order[beyond], 0.0)
-    return torch.multinomial(probabilities, 1, generator=generator)[0]
+        # The token that crosses the threshold is kept.
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0.0)
+        probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
 def generate_text(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> str:
@@ -95,7 +119,7 @@ def generate_text(model: CausalLM, tokenizer: Tokenizer, prompt: str, sampling: 
     model.eval()
     added = generate(model, ids, sampling, tokenizer.eos_id)
     model.train(was_training)
-    return prompt + tokenizer.decode(added)
+    return prompt + tokenizer.decode(added, skip_special_tokens=True)
 
 
 def load_any(folder: Path, device: torch.device | str, dtype: torch.dtype | None = None) -> CausalLM:
@@ -131,11 +155,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=Sampling.seed)
 
 
+def open_model(folder: Path, tokenizer: str | None) -> tuple[CausalLM, Tokenizer]:
+    """Model and tokenizer of a command line, on the GPU in bfloat16 if there is one."""
+    found = find_tokenizer(folder, tokenizer)
+    if torch.cuda.is_available():
+        return load_any(folder, "cuda", torch.bfloat16), found
+    return load_any(folder, "cpu"), found
+
+
 def main(args: argparse.Namespace) -> int:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = find_tokenizer(args.model, args.tokenizer)
-    model = load_any(args.model, device, torch.bfloat16 if device == "cuda" else None)
+    model, tokenizer = open_model(args.model, args.tokenizer)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    for prompt in args.prompts:
-        print(generate_text(model, tokenizer, prompt, sampling))
+    prompts = [list(tokenizer.encode(prompt)) or [tokenizer.require_eos()] for prompt in args.prompts]
+    added = generate_batch(model, prompts, sampling, tokenizer.eos_id)
+    for prompt, tokens in zip(args.prompts, added):
+        print(prompt + tokenizer.decode(tokens, skip_special_tokens=True))
     return 0
