@@ -80,21 +80,24 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
-def test_kernel_equals_definition(name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, torch.float32) for n in NORMS] + [(n, torch.float16) for n in ("rms_residual", "layer")]
+)
+def test_kernel_equals_definition(name, dtype):
     norm, names = NORMS[name]
     tensors = {"x": torch.randn(3, 7, 24)[..., :12], "beside": torch.randn(3, 7, 12)}
     tensors |= {"weight": torch.randn(12), "bias": torch.randn(12)}
 
     def run(backend: str):
-        leaves = {n: tensors[n].detach().requires_grad_() for n in names.split()}
+        leaves = {n: tensors[n].detach().to(dtype).requires_grad_() for n in names.split()}
         out = norm(leaves, backend)
         out = out if isinstance(out, tuple) else (out,)
-        loss = sum((o * torch.linspace(-1, 1, o.numel()).cos().view_as(o)).sum() for o in out)
+        loss = sum((o.float() * torch.linspace(-1, 1, o.numel()).cos().view_as(o)).sum() for o in out)
         return [*out, *torch.autograd.grad(loss, list(leaves.values()))]
 
     for got, want in zip(run("triton"), run("reference")):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+        tolerance = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 3e-3, "atol": 3e-3}
+        torch.testing.assert_close(got, want, **tolerance)
 
 
 def test_weight_gradient_over_many_programs_is_repeatable():

@@ -58,6 +58,13 @@ def test_kernel_equals_recurrent(packed, state, W):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_kernel_takes_fp16():
+    inputs = make(True, dtype=torch.float16)
+    expected = run({name: x.float() for name, x in inputs.items()}, "reference", True, "silu")
+    for got, want in zip(run(inputs, "triton", True, "silu"), expected):
+        torch.testing.assert_close(got.float(), want, rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_prefill_then_steps_equals_whole(backend):
     inputs = make(False, dtype=torch.float32)
