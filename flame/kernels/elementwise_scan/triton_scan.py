@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flame.kernels.elementwise_scan.segments import document_ids
 
-BLOCK_T, BLOCK_E = 64, 32
+BLOCK_T, BLOCK_E = 128, 32
 FULL_GPU = 1024  # programs that keep an H200's 132 multiprocessors busy on a streaming kernel
 SHORTEST_SEGMENT = 256  # tokens; shorter ones spend more on the summary pass than they win
 
@@ -30,10 +30,10 @@ class Segments:
     length: int
 
 
-def plan_segments(programs: int, length: int, tile: int) -> Segments:
-    """Segments so that `programs` (rows x channel blocks) times their number fills the GPU; one if it already does."""
-    wanted = min(triton.cdiv(FULL_GPU, programs), triton.cdiv(length, SHORTEST_SEGMENT))
-    if 2 * programs >= FULL_GPU or wanted <= 1:
+def plan_segments(programs: int, length: int, tile: int, full: int = FULL_GPU) -> Segments:
+    """Segments so that `programs` (rows x channel blocks) times their number is about `full`; one if half of it is there."""
+    wanted = min(triton.cdiv(full, programs), triton.cdiv(length, SHORTEST_SEGMENT))
+    if 2 * programs >= full or wanted <= 1:
         return Segments(1, length)
     span = triton.cdiv(triton.cdiv(length, wanted), tile) * tile
     return Segments(triton.cdiv(length, span), span)
@@ -48,6 +48,23 @@ def linear_combine(d1, h1, d2, h2):
 @triton.jit
 def last_row(x, ROWS: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == ROWS - 1, x, 0.0), 0)
+
+
+@triton.jit
+def both(mask, flag):
+    """`mask & flag` for a block mask and a scalar flag, as a comparison of blocks (the interpreter mixes no shapes)."""
+    return (mask.to(tl.int32) * flag.to(tl.int32)) > 0
+
+
+@triton.jit
+def document_at(ids, t, T, b, HAS_IDS: tl.constexpr):
+    """(document, whether it starts at t, whether it ends at t); a dense row is one document."""
+    if HAS_IDS:
+        doc = tl.load(ids + t, mask=t < T, other=-1).to(tl.int64)
+        before = tl.load(ids + t - 1, mask=(t > 0) & (t < T), other=-2).to(tl.int64)
+        after = tl.load(ids + t + 1, mask=t + 1 < T, other=-2).to(tl.int64)
+        return doc, (t < T) & (doc != before), (t < T) & (doc != after)
+    return b, t == 0, t == T - 1
 
 
 @triton.jit

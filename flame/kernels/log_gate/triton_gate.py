@@ -1,8 +1,9 @@
 """Log-normaliser gate on a GPU.
 
-The scan runs over the *previous* logits, so that a tile holds z_{t-1} without looking at its neighbours; a document
-start is an element that forgets what came before it and holds the initial state. Inside, logarithms are base 2. The
-backward is the linear reverse scan of the elementwise scan, from the saved outputs alone. Segments as there.
+The forward walks the tokens with the normaliser of 64 channels in a warp's registers: a scan over a tile would take an
+exponential and a logarithm for each of its log2 steps, a walk takes one of each a token. The backward is the linear
+reverse scan of the elementwise scan, from the saved outputs alone. Both are cut into segments as there. Inside, logarithms
+are base 2.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from torch import Tensor
 
 from flame.kernels.elementwise_scan.segments import document_ids
 from flame.kernels.elementwise_scan.triton_scan import (
+    FULL_GPU,
     Segments,
+    both,
     chain_segments,
+    document_at,
     last_row,
     linear_combine,
     plan_segments,
 )
 
-BLOCK_T, BLOCK_F = 64, 32
+GROUP, WALK_F = 8, 64  # forward: tokens stored together, channels of a warp
+WALKERS = 4096  # warps that hide each other's dependent exponentials and logarithms
+BLOCK_T, BLOCK_F = 64, 32  # backward
 
 
 @triton.jit
@@ -29,17 +35,6 @@ def _logaddexp(x, y):
     """Base 2: the GPU's own exponential and logarithm. -inf with -inf is -inf."""
     top, low = tl.maximum(x, y), tl.minimum(x, y)
     return top + tl.log2(1.0 + tl.where(low == float("-inf"), 0.0, tl.exp2(low - top)))
-
-
-@triton.jit
-def _restart_combine(s1, z1, s2, z2):
-    """Second after first; `s` is 1 where the run contains a document start, which forgets everything before it."""
-    return tl.maximum(s1, s2), tl.where(s2 > 0, z2, _logaddexp(z1, z2))
-
-
-@triton.jit
-def _last_max(x, ROWS: tl.constexpr):
-    return tl.max(tl.where(tl.arange(0, ROWS)[:, None] == ROWS - 1, x, float("-inf")), 0)
 
 
 @triton.jit
@@ -60,7 +55,7 @@ def _carry_kernel(restarts, ends, carries, F, NS, BF: tl.constexpr):
 def _forward_kernel(
     x, ids, initial, carries, weight, log_decay, final, restarts, ends, T, F, NS, SEGMENT,
     HAS_IDS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_CARRY: tl.constexpr, SUMMARY: tl.constexpr,
-    BT: tl.constexpr, BF: tl.constexpr,
+    GROUP: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
@@ -68,44 +63,46 @@ def _forward_kernel(
     b = (tl.program_id(1) // NS).to(tl.int64)
     segment = tl.program_id(1) % NS
     f_mask = f < F
-    row = b * T * F
-    state = tl.full([BF], float("-inf"), tl.float32)
+    rows = tl.arange(0, GROUP)
+    at_segment = (b * NS + segment) * F + f
+    z = tl.full([BF], float("-inf"), tl.float32)
     restarted = tl.zeros([BF], tl.float32)
     if HAS_CARRY:
-        state = tl.load(carries + (b * NS + segment) * F + f, mask=f_mask, other=0.0)
-    for begin in range(segment * SEGMENT, tl.minimum(segment * SEGMENT + SEGMENT, T), BT):
-        t = begin + tl.arange(0, BT)
-        inside = t < T
-        mask = inside[:, None] & f_mask[None, :]
-        at = row + t[:, None].to(tl.int64) * F + f[None, :]
-        start = t == 0
-        ending = t == T - 1
-        doc = tl.zeros([BT], tl.int64) + b
-        if HAS_IDS:
-            doc = tl.load(ids + t, mask=inside, other=0).to(tl.int64)
-            start = start | (inside & (doc != tl.load(ids + t - 1, mask=inside & (t > 0), other=0)))
-            ending = ending | (inside & (doc != tl.load(ids + t + 1, mask=t < T - 1, other=0)))
-        at_state = doc[:, None] * F + f[None, :]
-        previous = tl.load(x + at - F, mask=mask & (~start)[:, None], other=float("-inf")).to(tl.float32) * LOG2E
-        if HAS_INITIAL:
-            opened = tl.load(initial + at_state, mask=mask & start[:, None], other=float("-inf")) * LOG2E
-            previous = tl.where(start[:, None], opened, previous)
-        flags = tl.where(start[:, None], 1.0, 0.0) + tl.zeros([BT, BF], tl.float32)
-        seen, before = tl.associative_scan((flags, previous), 0, _restart_combine)
-        before = tl.where(seen > 0, before, _logaddexp(before, state[None, :]))
-        state = _last_max(before, BT)
-        if SUMMARY:
-            restarted = tl.maximum(restarted, tl.max(seen, 0))
-        else:
-            logits = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * LOG2E
-            z = _logaddexp(before, logits)
-            tl.store(weight + at, tl.exp2(logits - z).to(weight.dtype.element_ty), mask=mask)
-            tl.store(log_decay + at, tl.where(before == float("-inf"), 0.0, (before - z) * LN2), mask=mask)
-            tl.store(final + at_state, z * LN2, mask=mask & ending[:, None])
+        z = tl.load(carries + at_segment, mask=f_mask, other=0.0)
+    first = segment * SEGMENT
+    for offset in range(0, tl.minimum(SEGMENT, T - first), GROUP):
+        begin = first + offset
+        weights = tl.zeros([GROUP, BF], tl.float32)
+        gates = tl.zeros([GROUP, BF], tl.float32)
+        for i in tl.static_range(GROUP):
+            t = begin + i
+            mask = both(f_mask, t < T)
+            # Tokens past the end are -inf: they leave the normaliser as it is.
+            logits = tl.load(x + (b * T + t) * F + f, mask=mask, other=float("-inf")).to(tl.float32) * LOG2E
+            doc, start, ending = document_at(ids, t, T, b, HAS_IDS)
+            if HAS_INITIAL:
+                opened = tl.load(initial + doc * F + f, mask=both(f_mask, start), other=float("-inf")) * LOG2E
+                z = tl.where(start, opened, z)
+            elif HAS_IDS:
+                z = tl.where(start, float("-inf"), z)
+            after = _logaddexp(z, logits)
+            if SUMMARY:
+                restarted = tl.where(start, 1.0, restarted)
+            else:
+                gate = tl.where(z == float("-inf"), 0.0, (z - after) * LN2)
+                weights = tl.where(rows[:, None] == i, tl.exp2(logits - after)[None, :], weights)
+                gates = tl.where(rows[:, None] == i, gate[None, :], gates)
+                tl.store(final + doc * F + f, after * LN2, mask=both(f_mask, ending))
+            z = after
+        if not SUMMARY:
+            t = begin + rows
+            at = (b * T + t[:, None]) * F + f[None, :]
+            tile_mask = (t < T)[:, None] & f_mask[None, :]
+            tl.store(weight + at, weights.to(weight.dtype.element_ty), mask=tile_mask)
+            tl.store(log_decay + at, gates, mask=tile_mask)
     if SUMMARY:
-        at_segment = (b * NS + segment) * F + f
         tl.store(restarts + at_segment, restarted, mask=f_mask)
-        tl.store(ends + at_segment, state, mask=f_mask)
+        tl.store(ends + at_segment, z, mask=f_mask)
 
 
 @triton.jit
@@ -167,9 +164,10 @@ def _backward_kernel(
         tl.store(ends + at_segment, state, mask=f_mask)
 
 
-def _plan(batch: int, length: int, features: int) -> tuple[Segments, tuple[int, int]]:
-    plan = plan_segments(batch * triton.cdiv(features, BLOCK_F), length, BLOCK_T)
-    return plan, (triton.cdiv(features, BLOCK_F), batch * plan.count)
+def _grid(batch: int, length: int, features: int, block: int, tile: int, full: int) -> tuple[Segments, tuple[int, int]]:
+    blocks = triton.cdiv(features, block)
+    plan = plan_segments(batch * blocks, length, tile, full)
+    return plan, (blocks, batch * plan.count)
 
 
 @torch.library.custom_op("flame::log_gate", mutates_args=())
@@ -184,22 +182,22 @@ def _gate(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple
     else:
         initial = initial.contiguous()
         final = initial.clone()
-    plan, grid = _plan(batch, length, features)
+    plan, grid = _grid(batch, length, features, WALK_F, GROUP, WALKERS)
     restarts = ends = carries = final
-    flags = {"HAS_IDS": ids is not None, "HAS_INITIAL": initial is not None, "BT": BLOCK_T, "BF": BLOCK_F}
+    flags = {"HAS_IDS": ids is not None, "HAS_INITIAL": initial is not None, "GROUP": GROUP, "BF": WALK_F}
     if plan.count > 1:
         restarts = torch.empty(batch, plan.count, features, dtype=torch.float32, device=x.device)
         ends, carries = torch.empty_like(restarts), torch.empty_like(restarts)
         _forward_kernel[grid](
             x, ids, initial, carries, weight, log_decay, final, restarts, ends, length, features, plan.count,
-            plan.length, HAS_CARRY=False, SUMMARY=True, num_warps=2, **flags,
+            plan.length, HAS_CARRY=False, SUMMARY=True, num_warps=1, **flags,
         )  # fmt: skip
         _carry_kernel[(triton.cdiv(features, 128), batch)](
             restarts, ends, carries, features, plan.count, BF=128, num_warps=2
         )
     _forward_kernel[grid](
         x, ids, initial, carries, weight, log_decay, final, restarts, ends, length, features, plan.count,
-        plan.length, HAS_CARRY=plan.count > 1, SUMMARY=False, num_warps=2, **flags,
+        plan.length, HAS_CARRY=plan.count > 1, SUMMARY=False, num_warps=1, **flags,
     )  # fmt: skip
     return weight, log_decay, final
 
@@ -227,7 +225,7 @@ def _gate_backward(
     grad_x = torch.empty_like(weight)
     # Of an empty document the final normaliser is the initial one, so that is its gradient.
     grad_initial = grad_final.clone()
-    plan, grid = _plan(batch, length, features)
+    plan, grid = _grid(batch, length, features, BLOCK_F, BLOCK_T, FULL_GPU)
     factors = ends = carries = grad_final
     flags = {"HAS_IDS": ids is not None, "HAS_INITIAL": initial is not None, "BT": BLOCK_T, "BF": BLOCK_F}
     if plan.count > 1:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flame.kernels.elementwise_scan.segments import document_ids
-from flame.kernels.elementwise_scan.triton_scan import Segments, chain_segments, plan_segments
+from flame.kernels.elementwise_scan.triton_scan import Segments, both, chain_segments, document_at, plan_segments
 from flame.kernels.selective_scan.inputs import ScanInputs
 
 BLOCK_E = 32
@@ -32,26 +32,9 @@ def _softplus(x):
 
 
 @triton.jit
-def _both(mask, flag):
-    """`mask & flag` for a block mask and a scalar flag, as a comparison of blocks (the interpreter mixes no shapes)."""
-    return (mask.to(tl.int32) * flag.to(tl.int32)) > 0
-
-
-@triton.jit
 def _step_size(dt, bias, at, mask):
     """softplus(dt + bias) of one token; 0 where masked, so that the token leaves the state as it is."""
     return tl.where(mask, _softplus(tl.load(dt + at, mask=mask, other=0.0).to(tl.float32) + bias), 0.0)
-
-
-@triton.jit
-def _document(ids, t, T, b, HAS_IDS: tl.constexpr):
-    """(document, whether it starts at t, whether it ends at t); a dense row is one document."""
-    if HAS_IDS:
-        doc = tl.load(ids + t, mask=t < T, other=-1).to(tl.int64)
-        before = tl.load(ids + t - 1, mask=(t > 0) & (t < T), other=-2).to(tl.int64)
-        after = tl.load(ids + t + 1, mask=t + 1 < T, other=-2).to(tl.int64)
-        return doc, (t < T) & (doc != before), (t < T) & (doc != after)
-    return b, t == 0, t == T - 1
 
 
 @triton.jit
@@ -94,15 +77,15 @@ def _forward_kernel(
         read = tl.zeros([GROUP, BE], tl.float32)
         for i in tl.static_range(GROUP):
             t = begin + i
-            mask = _both(e_mask, t < T)
+            mask = both(e_mask, t < T)
             at = (b * T + t) * E + e
             at_s = (b * T + t) * STATES + s
             step = _step_size(dt, bias, at, mask)
             u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-            write = tl.load(B + at_s, mask=_both(s_mask, t < T), other=0.0).to(tl.float32)
-            doc, start, ending = _document(ids, t, T, b, HAS_IDS)
+            write = tl.load(B + at_s, mask=both(s_mask, t < T), other=0.0).to(tl.float32)
+            doc, start, ending = document_at(ids, t, T, b, HAS_IDS)
             if HAS_INITIAL:
-                opened = tl.load(initial + doc * E * STATES + by_channel, mask=_both(state_mask, start), other=0.0)
+                opened = tl.load(initial + doc * E * STATES + by_channel, mask=both(state_mask, start), other=0.0)
                 h = tl.where(start, opened, h)
             elif HAS_IDS:
                 h = tl.where(start, 0.0, h)
@@ -111,10 +94,10 @@ def _forward_kernel(
                 elapsed += step
                 alive = tl.where(start, 0.0, alive)
             else:
-                c = tl.load(C + at_s, mask=_both(s_mask, t < T), other=0.0).to(tl.float32)
+                c = tl.load(C + at_s, mask=both(s_mask, t < T), other=0.0).to(tl.float32)
                 out = tl.sum(h * c[:, None], 0) + skip * u
                 read = tl.where(rows[:, None] == i, out[None, :], read)
-                tl.store(final + doc * E * STATES + by_channel, h, mask=_both(state_mask, ending))
+                tl.store(final + doc * E * STATES + by_channel, h, mask=both(state_mask, ending))
         if not SUMMARY:
             t = begin + rows
             at = (b * T + t[:, None]) * E + e[None, :]
@@ -161,9 +144,9 @@ def _adjoint_summary_kernel(
             gate = tl.load(z + at, mask=e_mask, other=0.0).to(tl.float32)
             grad = grad * gate * tl.sigmoid(gate)
         c = tl.load(C + (b * T + t) * STATES + s, mask=s_mask, other=0.0).to(tl.float32)
-        doc, start, ending = _document(ids, t, T, b, HAS_IDS)
+        doc, start, ending = document_at(ids, t, T, b, HAS_IDS)
         g = carry + c[:, None] * grad[None, :]
-        g += tl.load(grad_final + doc * E * STATES + by_channel, mask=_both(state_mask, ending), other=0.0)
+        g += tl.load(grad_final + doc * E * STATES + by_channel, mask=both(state_mask, ending), other=0.0)
         carry = tl.where(start, 0.0, g * tl.exp2(step[None, :] * rate))
         elapsed += step
         alive = tl.where(start, 0.0, alive)
@@ -217,14 +200,14 @@ def _backward_kernel(
             tl.store(scratch + aside + group * S * BE + in_block, h)
             for i in tl.static_range(GROUP):
                 t = begin + group * GROUP + i
-                mask = _both(e_mask, t < T)
+                mask = both(e_mask, t < T)
                 at = (b * T + t) * E + e
                 step = _step_size(dt, bias, at, mask)
                 u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-                write = tl.load(B + (b * T + t) * STATES + s, mask=_both(s_mask, t < T), other=0.0).to(tl.float32)
-                doc, start, ending = _document(ids, t, T, b, HAS_IDS)
+                write = tl.load(B + (b * T + t) * STATES + s, mask=both(s_mask, t < T), other=0.0).to(tl.float32)
+                doc, start, ending = document_at(ids, t, T, b, HAS_IDS)
                 if HAS_INITIAL:
-                    opened = tl.load(initial + doc * E * STATES + by_channel, mask=_both(state_mask, start), other=0.0)
+                    opened = tl.load(initial + doc * E * STATES + by_channel, mask=both(state_mask, start), other=0.0)
                     h = tl.where(start, opened, h)
                 elif HAS_IDS:
                     h = tl.where(start, 0.0, h)
@@ -236,36 +219,36 @@ def _backward_kernel(
             before = ()
             for i in tl.static_range(GROUP):
                 t = begin + group * GROUP + i
-                mask = _both(e_mask, t < T)
+                mask = both(e_mask, t < T)
                 at = (b * T + t) * E + e
                 step = _step_size(dt, bias, at, mask)
                 u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-                write = tl.load(B + (b * T + t) * STATES + s, mask=_both(s_mask, t < T), other=0.0).to(tl.float32)
-                doc, start, ending = _document(ids, t, T, b, HAS_IDS)
+                write = tl.load(B + (b * T + t) * STATES + s, mask=both(s_mask, t < T), other=0.0).to(tl.float32)
+                doc, start, ending = document_at(ids, t, T, b, HAS_IDS)
                 before = before + (h,)
                 if HAS_INITIAL:
-                    opened = tl.load(initial + doc * E * STATES + by_channel, mask=_both(state_mask, start), other=0.0)
+                    opened = tl.load(initial + doc * E * STATES + by_channel, mask=both(state_mask, start), other=0.0)
                     h = tl.where(start, opened, h)
                 elif HAS_IDS:
                     h = tl.where(start, 0.0, h)
                 h = tl.exp2(step[None, :] * rate) * h + (step * u)[None, :] * write[:, None]
             for j in tl.static_range(GROUP):
                 t = begin + group * GROUP + GROUP - 1 - j
-                mask = _both(e_mask, t < T)
+                mask = both(e_mask, t < T)
                 at = (b * T + t) * E + e
                 at_s = (b * T + t) * STATES + s
                 raw = tl.load(dt + at, mask=mask, other=0.0).to(tl.float32) + bias
                 step = tl.where(mask, _softplus(raw), 0.0)
                 u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-                write = tl.load(B + at_s, mask=_both(s_mask, t < T), other=0.0).to(tl.float32)
-                c = tl.load(C + at_s, mask=_both(s_mask, t < T), other=0.0).to(tl.float32)
+                write = tl.load(B + at_s, mask=both(s_mask, t < T), other=0.0).to(tl.float32)
+                c = tl.load(C + at_s, mask=both(s_mask, t < T), other=0.0).to(tl.float32)
                 grad = tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
-                doc, start, ending = _document(ids, t, T, b, HAS_IDS)
+                doc, start, ending = document_at(ids, t, T, b, HAS_IDS)
                 # What the token before left, and what this one starts from: not the same where a document starts.
                 left = before[GROUP - 1 - j]
                 previous = left
                 if HAS_INITIAL:
-                    opened = tl.load(initial + doc * E * STATES + by_channel, mask=_both(state_mask, start), other=0.0)
+                    opened = tl.load(initial + doc * E * STATES + by_channel, mask=both(state_mask, start), other=0.0)
                     previous = tl.where(start, opened, left)
                 elif HAS_IDS:
                     previous = tl.where(start, 0.0, left)
@@ -277,10 +260,10 @@ def _backward_kernel(
                     tl.store(grad_z + at, gate_grad.to(grad_z.dtype.element_ty), mask=mask)
                     grad = grad * gate * sigmoid
                 at_partial = (block.to(tl.int64) * ROWS + b * T + t) * STATES + s
-                tl.store(grad_C + at_partial, tl.sum(h * grad[None, :], 1), mask=_both(s_mask, t < T))
+                tl.store(grad_C + at_partial, tl.sum(h * grad[None, :], 1), mask=both(s_mask, t < T))
                 g = carry + c[:, None] * grad[None, :]
-                g += tl.load(grad_final + doc * E * STATES + by_channel, mask=_both(state_mask, ending), other=0.0)
-                tl.store(grad_B + at_partial, tl.sum(g * (step * u)[None, :], 1), mask=_both(s_mask, t < T))
+                g += tl.load(grad_final + doc * E * STATES + by_channel, mask=both(state_mask, ending), other=0.0)
+                tl.store(grad_B + at_partial, tl.sum(g * (step * u)[None, :], 1), mask=both(s_mask, t < T))
                 into = tl.sum(g * write[:, None], 0)
                 g = g * tl.exp2(step[None, :] * rate)
                 grad_log = g * previous
@@ -291,7 +274,7 @@ def _backward_kernel(
                 slope = tl.where(raw > 20.0, 1.0, tl.sigmoid(raw))
                 tl.store(grad_dt + at, (grad_step * slope).to(grad_dt.dtype.element_ty), mask=mask)
                 if HAS_INITIAL:
-                    tl.store(grad_initial + doc * E * STATES + by_channel, g, mask=_both(state_mask, start))
+                    tl.store(grad_initial + doc * E * STATES + by_channel, g, mask=both(state_mask, start))
                 carry = tl.where(start, 0.0, g)
                 h = left
         tl.debug_barrier()
