@@ -12,11 +12,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flame.data.ahead import Ahead
 from flame.data.batch import Batch, collate
 from flame.data.settings import RankSettings
 from flame.data.shard import Recipe, Row, Shard
 from flame.data.state import read_states, shard_key, warn_of_changes
-from flame.data.workers import Failure, checked, split_among_workers, start_streams
+from flame.data.workers import checked, split_among_workers, start_streams
 from flame.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Loader:
         self._shards = owned_shards(recipe.settings.virtual_shards, rank)
         self._taken = 0  # rows handed out by this rank since the run began
         self._states: dict[int, dict[str, Any]] = {}
-        self._streams: dict[int, Iterator[Row | Failure]] | None = None
+        self._prepared: Iterator[tuple[Batch, list[Row]]] | None = None
         used = len(split_among_workers(self._shards, rank.workers.num_workers))
         if used < rank.workers.num_workers:
             logger.warning(
@@ -57,22 +58,36 @@ class Loader:
         """Micro-batches from where the loader stands; one iterator at a time."""
         try:
             while True:
-                batch = collate([self._next_row() for _ in range(self._rank.local_batch_size)], self.source_names)
-                yield batch.pin_memory() if self._rank.workers.pin_memory else batch
+                batch, rows = self._next_prepared()
+                for row in rows:
+                    self._states[row.number % self._recipe.settings.virtual_shards] = row.state
+                self._taken += len(rows)
+                yield batch
         finally:
             if not self._rank.workers.persistent_workers:
                 self.close()
 
-    def _next_row(self) -> Row:
-        if self._streams is None:
-            ahead = self._rank.workers.prefetch_factor * self._rank.local_batch_size
-            self._streams = start_streams(self._recipe, self._shards, self._states, self._rank.workers, ahead)
-        number = self._rank.dp_rank + self._taken * self._rank.dp_world_size
-        shard = number % self._recipe.settings.virtual_shards
-        row = checked(next(self._streams[shard]), number)
-        self._states[shard] = row.state
-        self._taken += 1
-        return row
+    def _next_prepared(self) -> tuple[Batch, list[Row]]:
+        if self._prepared is None:
+            # Putting rows together and page-locking them takes milliseconds, which a thread hides behind the step.
+            # Without workers it would compete with the step for the interpreter while it tokenizes.
+            batches = self._prepare()
+            self._prepared = Ahead(batches) if self._rank.workers.num_workers else batches
+        return next(self._prepared)
+
+    def _prepare(self) -> Iterator[tuple[Batch, list[Row]]]:
+        """Batches and the rows they are made of, from where the loader stands on; touches nothing of its state."""
+        ahead = self._rank.workers.prefetch_factor * self._rank.local_batch_size
+        streams = start_streams(self._recipe, self._shards, dict(self._states), self._rank.workers, ahead)
+        taken = self._taken
+        while True:
+            rows = []
+            for _ in range(self._rank.local_batch_size):
+                number = self._rank.dp_rank + taken * self._rank.dp_world_size
+                rows.append(checked(next(streams[number % self._recipe.settings.virtual_shards]), number))
+                taken += 1
+            batch = collate(rows, self.source_names)
+            yield (batch.pin_memory() if self._rank.workers.pin_memory else batch), rows
 
     def state_dict(self) -> dict[str, Any]:
         """State of the shards this rank owns, under keys that name the shard and not the rank.
@@ -113,7 +128,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop the worker processes. The loader can be iterated again and goes on where it stood."""
-        self._streams = None
+        prepared, self._prepared = self._prepared, None
+        if isinstance(prepared, Ahead):
+            prepared.stop()
 
 
 def owned_shards(virtual_shards: int, rank: RankSettings) -> list[int]:

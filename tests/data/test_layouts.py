@@ -111,7 +111,7 @@ def test_workers_are_stopped_after_an_iteration_unless_persistent(recipe):
             iterator = iter(loader)
             numbers += [next(iterator).row_numbers[0] for _ in range(3)]
             iterator.close()
-            assert (loader._streams is not None) == persistent
+            assert (loader._prepared is not None) == persistent
         assert numbers == list(range(6))
         loader.close()
 
