@@ -5,7 +5,6 @@ writes EXP_FOLDER itself as the Hugging Face folder. `flame convert` is the gene
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,15 +18,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--path", type=Path, required=True, help="the run's folder, which holds checkpoint/")
     parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--config", type=Path, help="replaces the config.json kept in the checkpoint")
+    parser.add_argument("--config", type=Path, help="config.json or its folder, instead of that in the checkpoint")
     parser.add_argument("--tokenizer", type=Path)
     args = parser.parse_args()
     try:
-        to_hf(args.path / "checkpoint" / f"step-{args.step}", args.path, tokenizer=args.tokenizer)
+        step = args.path / "checkpoint" / f"step-{args.step}"
+        to_hf(step, args.path, tokenizer=args.tokenizer, config=args.config)
     except FlameError as error:
         sys.exit(str(error))
-    if args.config:
-        shutil.copyfile(args.config / "config.json" if args.config.is_dir() else args.config, args.path / "config.json")
     print(f"wrote {args.path}")
 
 

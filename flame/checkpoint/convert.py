@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from flame.checkpoint import storage
-from flame.checkpoint.state import MODEL, OBJECTS, mismatch
+from flame.checkpoint.state import MODEL, OBJECTS, checkpoint_errors, is_foreign, mismatch
 from flame.data.tokenizer import Tokenizer
 from flame.errors import CheckpointError, DataError
 from flame.models.decoder import CausalLM
@@ -58,7 +58,7 @@ def stored_weights(folder: Path, at_once: int = READ_AT_ONCE) -> Iterator[tuple[
 def read(tensors: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Fill `tensors` and give them with the names that they have in the model."""
     if tensors:
-        with single_process():
+        with single_process(), checkpoint_errors(f"reading {folder}"):
             dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     for key in list(tensors):
         yield key[len(MODEL) + 1 :], tensors.pop(key)
@@ -85,22 +85,34 @@ class ReadWhenWritten(dcp.DefaultSavePlanner):
             return file.get_tensor(name)
 
 
-def to_hf(step: Path, folder: Path, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
+def to_hf(
+    step: Path,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Path | None = None,
+    config: Path | None = None,
+) -> None:
     """Write the model of checkpoint folder `step` as a Hugging Face folder.
 
     Args:
+        step: a checkpoint of flame, or with `config` one of torch's distributed checkpoint whose model is under `model.`.
         dtype: type of the weights; None keeps the stored ones.
         tokenizer: folder of the tokenizer; by default the run's own, if it has one.
+        config: config.json, or a folder with one, to use instead of the one in the checkpoint.
 
     Raises:
         CheckpointError: `step` is no complete checkpoint.
     """
-    problem = storage.damage(step) if step.is_dir() else "there is no such folder"
+    problem = None if config and is_foreign(step) else storage.damage(step)
     if problem is not None:
         raise CheckpointError(
-            f"{step} is no checkpoint to convert: {problem}. Name a step folder, .../checkpoint/step-N."
+            f"{step} is no checkpoint to convert: {problem}. Name a step folder, .../checkpoint/step-N; for one that "
+            f"another trainer wrote, name its config.json too."
         )
-    write_folder(folder, load_config(step), stored_weights(step), dtype)
+    weights, resolved = stored_weights(step), load_config(config or step)
+    if resolved.tie_word_embeddings:
+        weights = ((name, tensor) for name, tensor in weights if name != HEAD)
+    write_folder(folder, resolved, weights, dtype)
     copy_tokenizer(tokenizer or tokenizer_beside(step), folder)
     name_special_tokens(folder)
 
@@ -134,7 +146,7 @@ def from_hf(folder: Path, root: Path, step: int = 0) -> Path:
         raise CheckpointError(f"the weights in {folder} are not those of its {CONFIG}. {problem}.")
     target = storage.begin(root, step)
     writer = dcp.FileSystemWriter(target, single_file_per_rank=False)  # it keeps all tensors of a file in memory
-    with single_process():
+    with single_process(), checkpoint_errors(f"writing {target}"):
         dcp.save(shapes, storage_writer=writer, planner=ReadWhenWritten(files), no_dist=True)
     torch.save({}, target / OBJECTS)
     (target / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
@@ -174,13 +186,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, help="the Hugging Face folder, or the folder for checkpoints, to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="type of exported weights; default: as stored")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer; default: the run's own")
+    parser.add_argument("--config", type=Path, help="config.json of a checkpoint that another trainer wrote")
     parser.add_argument("--step", type=int, default=0, help="step number of a written checkpoint")
 
 
 def main(args: argparse.Namespace) -> int:
     """Convert in the direction that `source` calls for."""
-    if (args.source / storage.MANIFEST).is_file():
-        to_hf(args.source, args.target, DTYPES[args.dtype] if args.dtype else None, args.tokenizer)
+    if (args.source / storage.MANIFEST).is_file() or is_foreign(args.source):
+        to_hf(args.source, args.target, DTYPES[args.dtype] if args.dtype else None, args.tokenizer, args.config)
         print(f"wrote {args.target}")
     elif (args.source / CONFIG).is_file():
         print(f"wrote {from_hf(args.source, args.target, args.step)}")

@@ -24,6 +24,7 @@ from flame.checkpoint.state import (
     check_fits,
     gather_from_all,
     gather_objects,
+    is_foreign,
     load_objects,
     read_tensors,
     shapes_on_all_ranks,
@@ -258,14 +259,17 @@ class CheckpointManager:
         return agree(storage.damage(folder, rank, ranks) or "", self.group)
 
     def load_initial(self, path: Path) -> None:
-        """Start from a Hugging Face folder, or from a checkpoint (`.../step-N`): its weights, or all of its state."""
+        """Start from a Hugging Face folder, or from a checkpoint (`.../step-N`): its weights, or all of its state.
+
+        Of a checkpoint that another trainer wrote with torch only the weights are taken, and cannot be verified.
+        """
         model = self.states[MODEL]
         is_hf = (path / CONFIG_FILE).is_file() and not (path / storage.MANIFEST).is_file()
         if self.options.initial_load_in_hf or is_hf:
             assert isinstance(model, nn.Module)
             load_weights(model, path)
             return
-        problem = self.damage(path)
+        problem = "" if is_foreign(path) and self.options.initial_load_model_only else self.damage(path)
         if problem:
             raise CheckpointError(f"checkpoint.initial_load_path = {path} cannot be used: {problem}.")
         self.load_parts(path, self.wanted({MODEL: model} if self.options.initial_load_model_only else self.states))
@@ -277,7 +281,7 @@ class CheckpointManager:
         tensors = self.tensors(parts)
         check_fits(shapes_on_all_ranks(tensors, self.group), folder, lambda: self.config_differences(folder))
         read_tensors(tensors, folder, self.group)
-        objects = load_objects(folder)
+        objects = {} if is_foreign(folder) else load_objects(folder)
         for name, state in parts.items():
             if objects.get(name) and not isinstance(state, nn.Module):
                 state.load_state_dict(objects[name])

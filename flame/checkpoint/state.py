@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from flame.checkpoint import storage
 from flame.errors import CheckpointError
-from flame.models.hf import named_weights
+from flame.models.hf import HEAD, named_weights
 
 OBJECTS = "state.pt"
+DCP_METADATA = ".metadata"
 MODEL = "model"
 _LISTED = 8  # names that an error text lists before it counts
 
@@ -104,23 +107,24 @@ def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGrou
     Raises:
         CheckpointError: any rank failed, on all ranks.
     """
-    try:
+    with checkpoint_errors(f"writing {folder}"):
         dcp.save(tensors, checkpoint_id=folder, process_group=group)
-    except CheckpointException as error:  # a BaseException, which `except Exception` would let through
-        raise CheckpointError(f"writing {folder} failed: {causes(error)}.") from None
 
 
 def read_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
     """Fill `tensors` in place, whatever the layout they were saved under."""
-    try:
+    with checkpoint_errors(f"reading {folder}"):
         dcp.load(tensors, checkpoint_id=folder, process_group=group)
+
+
+@contextmanager
+def checkpoint_errors(doing: str) -> Iterator[None]:
+    """torch's error as ours. Its own is a BaseException, which `except Exception` lets through."""
+    try:
+        yield
     except CheckpointException as error:
-        raise CheckpointError(f"reading {folder} failed: {causes(error)}.") from None
-
-
-def causes(error: CheckpointException) -> str:
-    """What went wrong on which rank."""
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        causes = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        raise CheckpointError(f"{doing} failed: {causes}.") from None
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -148,6 +152,8 @@ def check_fits(wanted: Mapping[str, tuple[int, ...]], folder: Path, differences:
     stored = stored_shapes(folder)
     parts = {name.split(".")[0] for name in wanted}
     stored = {name: shape for name, shape in stored.items() if name.split(".")[0] in parts}
+    if f"{MODEL}.{HEAD}" not in wanted:  # tied to the embedding; some trainers save it a second time
+        stored.pop(f"{MODEL}.{HEAD}", None)
     problem = mismatch(wanted, stored)
     if not problem:
         return
@@ -178,6 +184,11 @@ def mismatch(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[i
 def listed(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether it was written by torch's distributed checkpoint in another trainer, which describes nothing else."""
+    return (folder / DCP_METADATA).is_file() and not (folder / storage.MANIFEST).is_file()
 
 
 def load_objects(folder: Path) -> dict[str, Any]:

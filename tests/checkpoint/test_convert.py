@@ -1,8 +1,12 @@
 import argparse
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from properties import tokens
 from safetensors.torch import save_file
 
@@ -98,6 +102,36 @@ def test_exports_name_the_special_tokens_of_their_tokenizer(tmp_path):
     for file in ("config.json", "generation_config.json"):
         values = json.loads((tmp_path / "out" / file).read_text())
         assert (values["bos_token_id"], values["eos_token_id"]) == (256, 257)
+
+
+def test_a_checkpoint_of_another_trainer_converts_given_its_config(tmp_path, capsys, monkeypatch):
+    model = exported(tmp_path / "hf", tie_word_embeddings=True)
+    run = tmp_path / "run"
+    state = {"model": model.state_dict(), "train_state": {"step": 7}}  # its head written twice
+    dcp.save(state, checkpoint_id=run / "checkpoint" / "step-7", no_dist=True)
+    script = Path(convert.__file__).parents[2] / "scripts" / "convert_dcp_to_hf.py"
+    call = [str(script), "--path", str(run), "--step", "7"]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit, match="name its config.json"):
+        runpy.run_path(str(script), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [*call, "--config", str(tmp_path / "hf"), "--tokenizer", str(tmp_path / "hf")])
+    runpy.run_path(str(script), run_name="__main__")
+    ids = tokens(2, 19)
+    assert torch.equal(load_model(run)(ids).logits, model(ids).logits)
+    assert (run / "tokenizer.json").is_file()
+
+
+def test_the_scripts_lead_from_a_folder_to_a_checkpoint_and_back(tmp_path, capsys, monkeypatch):
+    exported(tmp_path / "hf")
+    scripts = Path(convert.__file__).parents[2] / "scripts"
+    for script, arguments in (
+        ("convert_hf_to_dcp.py", ["--model", tmp_path / "hf", "--checkpoint", tmp_path / "run" / "checkpoint"]),
+        ("convert_dcp_to_hf.py", ["--path", tmp_path / "run", "--step", 0]),
+    ):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(scripts / script), run_name="__main__")
+    before, after = dict(read_weights(tmp_path / "hf")), dict(read_weights(tmp_path / "run"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_command_converts_in_both_directions(tmp_path, capsys):

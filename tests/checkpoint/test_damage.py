@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from saved_runs import flip_byte, load_newest, make_run, save_two_checkpoints, single, train, truncate
 from tiny import CONFIG, make_step
@@ -194,6 +195,13 @@ def test_a_hugging_face_folder_is_recognised_and_starts_a_sharded_run(tmp_path):
     export_model(model, tmp_path / "hf")
     degrees = Degrees(dp_shard=2)
     for weights in run_ranks(full_weights, 2, tmp_path / "run", tmp_path / "hf", degrees):
+        assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_weights_that_another_trainer_saved_with_torch_start_a_sharded_run(tmp_path):
+    model = build_model(CONFIG)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    for weights in run_ranks(full_weights, 2, tmp_path / "run", tmp_path / "theirs", Degrees(dp_shard=2)):
         assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
