@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from flame.errors import ConfigError
+from flame.models.context import Context
 
 KERNEL_NAMESPACE = "flame"  # every kernel of ours is registered there
 # Kernels that cost about as much as reading their inputs: cheaper to run again than to keep.
@@ -82,13 +83,17 @@ def recompute_in_backward(block: nn.Module, context_fn: Callable[[], Any] | None
     The forward of this one instance is replaced, rather than the module wrapped, because a wrapper would put its own
     name into every parameter name.
     """
-    inner = block.forward
+    original = block.forward
+
+    def inner(x: Tensor, ctx: Context) -> Any:
+        # Blocks add to what they carry on. The second run must find what the first one found, not what it left.
+        return original(x, ctx.at_layer(ctx.cache, ctx.carried))
+
     options: dict[str, Any] = {"use_reentrant": False}
     if context_fn is not None:
         options["context_fn"] = context_fn
 
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(inner, *args, **options, **kwargs)
+    def forward(x: Tensor, ctx: Context) -> Any:
+        return checkpoint(inner, x, ctx, **options)
 
     block.forward = forward

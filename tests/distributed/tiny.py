@@ -10,6 +10,7 @@ from flame.optim.adamw import AdamW, AdamWOptions
 from flame.optim.groups import parameter_groups
 from flame.optim.optimizer import Optimizer
 from flame.optim.schedules import LearningRate, Schedule
+from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp
 from flame.parallel.mesh import build_mesh
 from flame.step import FiniteGuard, StepOptions, TrainStep
@@ -60,10 +61,11 @@ def merge(batches, count):
     return merged
 
 
-def sharded_model(degrees, world_size, config=None, **options):
+def sharded_model(degrees, world_size, config=None, checkpointing="none", **options):
     options = {"param_dtype": torch.float32, **options}
     with torch.device("meta"):
         model = build_model(config or CONFIG)
+    apply_activation_checkpointing(list(model.blocks), checkpointing, "op")
     mesh = build_mesh(degrees, "cpu", world_size)
     apply_fsdp(model, list(model.blocks), mesh.fsdp(), ShardingOptions(**options))
     model.to_empty(device="cpu")
