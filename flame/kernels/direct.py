@@ -18,8 +18,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def unobserved(x: Tensor) -> bool:
-    """Whether a call on x may skip dispatch: a plain tensor, no compiler at work, no dispatch mode."""
-    return type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
+    """Whether a call on x may skip dispatch: a plain tensor with data, no compiler at work, no dispatch mode."""
+    return type(x) in _PLAIN and not x.is_meta and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode()
 
 
 class Direct:
