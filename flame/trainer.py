@@ -17,7 +17,7 @@ from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, 
 from flame.data.build import global_batch_size
 from flame.errors import CheckpointError
 from flame.evaluation.generate import Sampling, generate_text
-from flame.metrics import MetricsLogger, Profiler, Throughput
+from flame.metrics import MetricsLogger, Profiler, Throughput, source_figures
 from flame.models.config import ModelConfig
 from flame.models.hf import DTYPES, export_model
 from flame.models.registry import resolve_config
@@ -69,7 +69,8 @@ class Trainer:
 
         self.progress = Progress()
         self.checkpoints = self.build_checkpoints()
-        self.throughput = Throughput(self.model.flops_per_token(job.training.seq_len), world.size, world.device)
+        flops, dtype = self.model.flops_per_token(job.training.seq_len), DTYPES[job.training.mixed_precision_param]
+        self.throughput = Throughput(flops, world.size, world.device, dtype)
         self.agreement = Agreement(world.control, 2)
         self.stop_request = StopRequest()
         self.stopped = False
@@ -213,7 +214,8 @@ class Trainer:
         figures = torch.stack([result.loss, result.grad_norm.to(result.loss), result.learning_rate.to(result.loss)])
         loss, norm, lr = figures.tolist()
         counts = {"tokens": self.progress.tokens, "skipped_steps": skipped}
-        self.metrics.log(self.progress.step, {"loss": loss, "grad_norm": norm, "lr": lr, **counts})
+        sources = source_figures(self.loader.progress(), self.world.device, self.mesh.data_group)
+        self.metrics.log(self.progress.step, {"loss": loss, "grad_norm": norm, "lr": lr, **counts, **sources})
         if skipped > self.skipped and self.guard.policy == "skip":
             logger.warning("%d updates dropped so far: their loss or gradient was not finite.", skipped)
         self.skipped = skipped
