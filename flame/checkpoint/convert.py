@@ -39,7 +39,7 @@ TOKENIZER_FILES = (
 )
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FOLDER = "tokenizer"  # where a run keeps the tokenizer it trains with
-READ_AT_ONCE = 1 << 30  # bytes; every reading parses the checkpoint's description anew
+READ_AT_ONCE = 256 << 20  # bytes; every reading parses the checkpoint's description anew
 
 
 def stored_weights(folder: Path, at_once: int = READ_AT_ONCE) -> Iterator[tuple[str, Tensor]]:
