@@ -29,8 +29,8 @@ SMALL = {  # what a system needs to be small, where two heads of 16 do not say i
     "comba": {"num_heads": 2, "head_dim": 16},
     "kda": {"num_heads": 2, "head_dim": 16},
     "mesa_net": {"num_heads": 2, "head_dim": 16},
-    "mla": {"num_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16,
-            "v_head_dim": 8},
+    "mla": {"num_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+            "qk_head_dim": 16, "v_head_dim": 8},
 }  # fmt: skip
 
 
