@@ -64,6 +64,7 @@ def test_packed_documents_never_meet(kind):
 def short_segments(monkeypatch):
     """Cut time every 64 tokens, so that a short sequence takes the way of a long one."""
     monkeypatch.setattr(triton_layout, "ANCHOR", 64)
+    monkeypatch.setattr(triton_layout, "SCALAR_ANCHOR", 64)
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 20)
 
 
