@@ -64,13 +64,17 @@ def test_packed_documents_never_meet(kind):
 def short_segments(monkeypatch):
     """Cut time every 64 tokens, so that a short sequence takes the way of a long one."""
     monkeypatch.setattr(triton_layout, "ANCHOR", 64)
+    monkeypatch.setattr(triton_layout, "SCALAR_ANCHOR", 64)
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 20)
+    triton_layout.dense_items.cache_clear()
+    yield
+    triton_layout.dense_items.cache_clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_sequences_equal_whole_ones(kind, short_segments):
     call = inputs(kind, 200, batch=1, heads=(1, 1, 1))
-    items = triton_layout.cut_items(1, 200, 1, None, 20)
+    items = triton_layout.dense_items(1, 200, 1, 20)
     assert items.cut and items.count > 1
     check_triton(call)
 
@@ -80,7 +84,7 @@ def test_cut_packed_documents_equal_whole_ones(kind, short_segments):
     bounds = torch.tensor([0, 3, 190, 190, 200], dtype=torch.int32)
     call = inputs(kind, 200, batch=1, heads=(1, 1, 1), state=False)
     call["initial_state"] = torch.randn(4, 1, K, V, dtype=torch.float64).requires_grad_()
-    assert triton_layout.cut_items(1, 200, 1, bounds, 20).cut
+    assert triton_layout.packed_items(200, 1, bounds, 20).cut
     check_triton(call, cu_seqlens=bounds)
 
 

@@ -114,14 +114,10 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
         sizes = {"forward": (s.K, s.V), "dq": (s.V, s.K), "dk": (s.V, s.K), "dv": (s.K, s.V)}
         return {tiles.key(name, kind=s.kind, D=D, E=E, dtype=s.dtype): sweeps() for name, (D, E) in sizes.items()}
     K, V = (s.V, s.K) if s.kind == "value" else (s.K, s.V)
-    choices = {
-        "prepare": prepares(),
-        "key": vectors("BV"),
-        "inter": vectors("BK"),
-        "finish": finishes(),
-        "finish_strong": finishes()[:3],
-    }
-    return {tiles.key(name, K=K, V=V, dtype=s.dtype): tried for name, tried in choices.items()}
+    choices = {"prepare": prepares(), "key": vectors("BV"), "inter": vectors("BK")}
+    found = {tiles.key(name, K=K, V=V, dtype=s.dtype): tried for name, tried in choices.items()}
+    finishing = {"finish": finishes(), "finish_strong": finishes()[:3]}
+    return found | {tiles.key(name, K=K, V=0, dtype=s.dtype): tried for name, tried in finishing.items()}
 
 
 def sweeps() -> list[tiles.Tile]:
@@ -140,5 +136,5 @@ def prepares() -> list[tiles.Tile]:
 
 
 def finishes() -> list[tiles.Tile]:
-    rows = [(32, 64, 4), (64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 8), (32, 128, 4), (64, 128, 4)]
-    return [{"BK": bk, "BV": bv, "num_warps": warps} for bk, bv, warps in rows]
+    rows = [(64, 8, 2), (64, 4, 2), (32, 4, 2), (128, 8, 2), (64, 8, 1), (32, 4, 1), (32, 4, 3)]
+    return [{"BK": bk, "num_warps": warps, "num_stages": stages} for bk, warps, stages in rows]

@@ -14,8 +14,7 @@ from flame.kernels.linear_attention.triton_vector import LIMIT, level_factor, le
 def finish(
     q_ptr,  # [T, HQ, K]
     k_ptr,  # [T, HK, K]
-    v_ptr,  # [T, HV, V]
-    do_ptr,  # [T, HO, V]
+    dscores_ptr,  # [T, H, BT] gradient of the scores from `inter_sweep`, scaled, no mask
     decay_ptr,  # [T, HG, K]
     bonus_ptr,  # [H, K]
     dqs_ptr,  # [T, H, K] fp32 gradient of qs from `inter_sweep`, scaled
@@ -28,7 +27,6 @@ def finish(
     dbonus_ptr,  # [anchors, H, K] fp32
     starts_ptr,
     ends_ptr,
-    scale,
     tokens,
     segment,
     segments,
@@ -36,20 +34,12 @@ def finish(
     stride_qh,
     stride_kt,
     stride_kh,
-    stride_vt,
-    stride_vh,
-    stride_ot,
-    stride_oh,
     H: tl.constexpr,
     GROUP_Q: tl.constexpr,
     GROUP_K: tl.constexpr,
-    GROUP_V: tl.constexpr,
-    GROUP_O: tl.constexpr,
     GROUP_G: tl.constexpr,
     K: tl.constexpr,
-    V: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
     BT: tl.constexpr,
     LEVELS: tl.constexpr,
     ANCHOR: tl.constexpr,
@@ -69,8 +59,7 @@ def finish(
     in_k = columns < K
     q_ptr += start * stride_qt + (head // GROUP_Q) * stride_qh
     k_ptr += start * stride_kt + (head // GROUP_K) * stride_kh
-    v_ptr += start * stride_vt + (head // GROUP_V) * stride_vh
-    do_ptr += start * stride_ot + (head // GROUP_O) * stride_oh
+    dscores_ptr += (start * H + head) * BT
     decay_ptr += (start * HG + head // GROUP_G) * K
     out = (start * H + head) * K
     local = tl.arange(0, BT)
@@ -104,18 +93,8 @@ def finish(
             rows = rows.to(tl.int64)
             inside = keep[:, None] & in_k[None, :]
             at = out + rows[:, None] * (H * K) + columns[None, :]
-            dscores = tl.zeros([BT, BT], tl.float32)
-            if WRITERS:
-                # Its own product: an accumulator must not be transposed into another dot (Hopper, Triton 3.4 to 3.7).
-                dscores_transposed = tl.zeros([BT, BT], tl.float32)
-            for tile in range(tl.cdiv(V, BV)):
-                v_index = tile * BV + tl.arange(0, BV)
-                v = load_rows(v_ptr, rows, stride_vt, v_index, keep, V, BV).to(DOT)
-                do = load_rows(do_ptr, rows, stride_ot, v_index, keep, V, BV).to(DOT)
-                dscores = tl.dot(do, tl.trans(v), dscores, input_precision=PRECISION)
-                if WRITERS:
-                    dscores_transposed = tl.dot(v, tl.trans(do), dscores_transposed, input_precision=PRECISION)
-            dscores = dscores * scale
+            at_scores = dscores_ptr + rows[:, None] * (H * BT) + local[None, :]
+            dscores = tl.load(at_scores, mask=keep[:, None], other=0.0)
             log = load_rows(decay_ptr, rows, HG * K, columns, keep, K, BK).to(tl.float32) * LOG2E
             k = load_rows(k_ptr, rows, stride_kt, columns, keep, K, BK)
             decayed = tl.cumsum(log, 0)
@@ -128,7 +107,8 @@ def finish(
             dqs = tl.load(dqs_ptr + at, mask=inside, other=0.0).to(tl.float32)
             dq = dqs * reader
             if WRITERS:
-                dscores_transposed = dscores_transposed * scale
+                at_scores = dscores_ptr + rows[None, :] * (H * BT) + local[:, None]
+                dscores_transposed = tl.load(at_scores, mask=keep[None, :], other=0.0)
                 q = load_rows(q_ptr, rows, stride_qt, columns, keep, K, BK)
                 dks = tl.load(dks_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 dk = dks * writer
@@ -140,11 +120,11 @@ def finish(
             if not STRONG:
                 unscale = tl.exp2(-whole)[None, :]
                 near_k = (k * writer).to(DOT)
-                part = tl.dot(tl.where(keep_pair, dscores, 0.0).to(DOT), near_k, input_precision=PRECISION)
+                part = tl.dot(tl.where(keep_pair, dscores, 0.0), near_k, input_precision=PRECISION)
                 dq += part * (reader * unscale)
                 if WRITERS:
                     near_q = (q * (reader * unscale)).to(DOT)
-                    other = tl.where(keep_transposed, dscores_transposed, 0.0).to(DOT)
+                    other = tl.where(keep_transposed, dscores_transposed, 0.0)
                     other = tl.dot(other, near_q, input_precision=PRECISION)
                     dk += other * writer
                     if DECAY_GRADIENT:
@@ -152,7 +132,7 @@ def finish(
                         read += near_read
                         product += near_read - near_k.to(tl.float32) * other
             else:
-                met = tl.sum(tl.where(diagonal, dscores, 0.0), 1)[:, None]
+                met = tl.sum(tl.where(diagonal, dscores.to(tl.float32), 0.0), 1)[:, None]
                 if not BONUS:
                     dq += met * k
                     if WRITERS:
@@ -160,12 +140,12 @@ def finish(
                 for level in tl.static_range(LEVELS):
                     factor = level_factor(log, 1 << level, BT, BK, BONUS)
                     near_k = (k * factor).to(DOT)
-                    part = tl.where(level_mask(1 << level, BT, False), dscores, 0.0).to(DOT)
+                    part = tl.where(level_mask(1 << level, BT, False), dscores, 0.0)
                     part = tl.dot(part, near_k, input_precision=PRECISION)
                     dq += part * factor
                     if WRITERS:
                         near_q = (q * factor).to(DOT)
-                        other = tl.where(level_mask(1 << level, BT, True), dscores_transposed, 0.0).to(DOT)
+                        other = tl.where(level_mask(1 << level, BT, True), dscores_transposed, 0.0)
                         other = tl.dot(other, near_q, input_precision=PRECISION)
                         dk += other * factor
                         if DECAY_GRADIENT:
@@ -180,7 +160,7 @@ def finish(
                 tl.store(ddecay_ptr + at, gradient.to(ddecay_ptr.dtype.element_ty), mask=inside)
                 carry += total
             if BONUS:
-                own = tl.sum(tl.where(diagonal, dscores, 0.0), 1)[:, None]
+                own = tl.sum(tl.where(diagonal, dscores.to(tl.float32), 0.0), 1)[:, None]
                 dq += own * bonus[None, :] * k
                 dk += own * bonus[None, :] * q
                 dbonus += tl.sum(own * q * k, 0)

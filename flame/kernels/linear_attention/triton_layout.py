@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-ANCHOR = 512  # rows between the states kept for a decay's gradient
+ANCHOR = 512  # rows between the states kept for the gradient of a decay per channel
+SCALAR_ANCHOR = 256  # the same for a decay per token, whose sums over channels leave more rounding
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,21 @@ def ceil_div(x: int, y: int) -> int:
     return -(-x // y)
 
 
-def cut_items(batch: int, tokens: int, programs: int, cu_seqlens: Tensor | None, multiprocessors: int) -> Items:
+@lru_cache(maxsize=1024)
+def dense_items(batch: int, tokens: int, programs: int, multiprocessors: int) -> Items:
     """Cut time so that about two programs fall on each multiprocessor; `programs` is how many one item has."""
+    if batch * programs >= 0.75 * multiprocessors or tokens <= 2 * ANCHOR:
+        per_row = 1
+    else:
+        per_row = min(ceil_div(2 * multiprocessors, batch * programs), tokens // ANCHOR)
+    segment = tokens if per_row == 1 else ceil_div(ceil_div(tokens, per_row), ANCHOR) * ANCHOR
+    per_row = max(1, ceil_div(tokens, segment))
+    return Items(batch * per_row, segment, per_row)
+
+
+def packed_items(tokens: int, programs: int, bounds: Tensor, multiprocessors: int) -> Items:
+    """The same for documents with bounds [N + 1] int32, whose lengths are known on the device only."""
     wanted = 2 * multiprocessors
-    if cu_seqlens is None:
-        if batch * programs >= 0.75 * multiprocessors or tokens <= 2 * ANCHOR:
-            per_row = 1
-        else:
-            per_row = min(-(-wanted // (batch * programs)), tokens // ANCHOR)
-        segment = tokens if per_row == 1 else -(-tokens // per_row // ANCHOR) * ANCHOR
-        per_row = max(1, -(-tokens // segment))
-        return Items(batch * per_row, segment, per_row)
-    return _packed_items(tokens, programs, cu_seqlens.to(torch.int32), wanted)
-
-
-def _packed_items(tokens: int, programs: int, bounds: Tensor, wanted: int) -> Items:
     documents = bounds.numel() - 1
     starts, ends, first = bounds[:-1], bounds[1:], None
     # A document's length is not known here, so the cut depends on what is: rows and documents on average.

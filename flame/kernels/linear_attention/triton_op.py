@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from flame.kernels import tiles
 from flame.kernels.linear_attention import triton_scalar_passes, triton_vector_passes
 from flame.kernels.linear_attention.problem import Problem
-from flame.kernels.linear_attention.triton_layout import Layout, cut_items
+from flame.kernels.linear_attention.triton_layout import Layout, dense_items, packed_items
 
 
 def _returns(count: int) -> str:
@@ -38,12 +38,17 @@ def linear_attention_triton(p: Problem, output_final_state: bool) -> tuple[Tenso
 def make_layout(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, cu_seqlens: Tensor | None, kind: str, scale: float
 ) -> Layout:
-    batch, tokens, _, K = q.shape
-    V = v.shape[-1]
+    # Plain numbers: under torch.compile a length is part of the plan, so another length compiles anew.
+    batch, tokens, K, V = int(q.shape[0]), int(q.shape[1]), int(q.shape[3]), int(v.shape[3])
     decay_heads = 1 if decay is None else decay.shape[0] if kind == "head" else decay.shape[2]
     heads = max(q.shape[2], k.shape[2], v.shape[2], decay_heads)
     programs = heads * -(-min(K, V) // 64)
-    items = cut_items(batch, tokens, programs, cu_seqlens, tiles.multiprocessors(q.device))
+    units = tiles.multiprocessors(q.device)
+    items = (
+        dense_items(batch, tokens, programs, units)
+        if cu_seqlens is None
+        else packed_items(tokens, programs, cu_seqlens.to(torch.int32), units)
+    )
     return Layout(kind, batch, tokens, heads, K, V, decay_heads, scale, items)
 
 

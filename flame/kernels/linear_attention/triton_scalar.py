@@ -86,7 +86,7 @@ def scalar_sweep(
     initial_ptr,  # [items, H, K, V] fp32
     final_ptr,  # [items, H, K, V] fp32
     anchor_ptr,  # [anchors, H, D, E] fp32 states every ANCHOR rows, for the decay's gradient
-    product_ptr,  # fp32 row sums of x * y: written [tiles, T, H] forward, read [T, H] in reverse
+    product_ptr,  # [tiles, T, H] fp32 row sums of x * y: written forward, read in reverse
     ddecay_ptr,  # [tiles, T, H] fp32, reverse
     starts_ptr,
     ends_ptr,
@@ -121,6 +121,7 @@ def scalar_sweep(
     HAS_INITIAL: tl.constexpr,
     STORE_FINAL: tl.constexpr,
     DECAY_GRADIENT: tl.constexpr,
+    READ_TILES: tl.constexpr,
     ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -158,6 +159,9 @@ def scalar_sweep(
 
     local = tl.arange(0, BT)
     keep_pair = (local[:, None] <= local[None, :]) if REVERSE else (local[:, None] >= local[None, :])
+    if DECAY == "head":
+        distance = local[None, :] - local[:, None] if REVERSE else local[:, None] - local[None, :]
+        weight = tl.exp2(tl.where(keep_pair, distance.to(tl.float32) * rate, float("-inf"))) * scale
     chunks = tl.cdiv(length, BT)
     for step in range(chunks):
         chunk = chunks - 1 - step if REVERSE else step
@@ -167,58 +171,67 @@ def scalar_sweep(
         a = load_rows(a_ptr, rows, stride_at, d_index, keep, D, BD)
         b = load_rows(b_ptr, rows, stride_bt, d_index, keep, D, BD)
         c = load_rows(c_ptr, rows, stride_ct, e_index, keep, E, BE)
+        # Loads that feed no dot are not pipelined: issued here, their latency passes behind the first two dots.
+        if DECAY == "scalar":
+            decayed = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0)
+            last = tl.minimum(chunk * BT + BT, length) - 1
+            whole = tl.load(decay_ptr + last.to(tl.int64) * HG)
+        if DECAY_GRADIENT:
+            x = load_rows(x_ptr, rows, stride_xt, e_index, keep, E, BE)
+            at_token = token_offset + rows * H
+            if REVERSE:
+                read_product = tl.zeros([BT], tl.float32)
+                if tile == 0:
+                    for part in tl.static_range(READ_TILES):
+                        at_product = product_ptr + (part * rows_total + start + rows) * H + head
+                        read_product += tl.load(at_product, mask=keep, other=0.0)
         scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
         if DECAY == "none":
             scores = tl.where(keep_pair, scores, 0.0)
-            y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
+            y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION) * scale
         else:
             if DECAY == "head":
                 count = tl.minimum(length - chunk * BT, BT)
                 decayed = rate * tl.minimum(local + 1, count).to(tl.float32)
                 whole = rate * count.to(tl.float32)
             else:
-                decayed = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0)
-                last = tl.minimum(chunk * BT + BT, length) - 1
-                whole = tl.load(decay_ptr + last.to(tl.int64) * HG)
+                # The weights as a factor of row i times one of row j where nothing can overflow, else each by itself.
+                if whole > -100.0:
+                    if REVERSE:
+                        weight = (tl.exp2(whole - decayed) * scale)[:, None] * tl.exp2(decayed - whole)[None, :]
+                    else:
+                        weight = (tl.exp2(decayed) * scale)[:, None] * tl.exp2(-decayed)[None, :]
+                    weight = tl.where(keep_pair, weight, 0.0)
+                else:
+                    between = decayed[None, :] - decayed[:, None] if REVERSE else decayed[:, None] - decayed[None, :]
+                    weight = tl.exp2(tl.where(keep_pair, between, float("-inf"))) * scale
             read = tl.exp2(whole - decayed) if REVERSE else tl.exp2(decayed)
             write = tl.exp2(decayed) if REVERSE else tl.exp2(whole - decayed)
-            # The weights as a factor of row i times one of row j where nothing can overflow, else each by itself.
-            if whole > -100.0:
-                weight = tl.where(
-                    keep_pair, read[:, None] * tl.exp2(decayed - whole if REVERSE else -decayed)[None, :], 0.0
-                )
-            else:
-                between = decayed[None, :] - decayed[:, None] if REVERSE else decayed[:, None] - decayed[None, :]
-                weight = tl.exp2(tl.where(keep_pair, between, float("-inf")))
             scores = (scores * weight).to(c.dtype)
             if DECAY_GRADIENT:
                 # x is rounded as the other sweep rounds its column: then the two products of a pair are equal and cancel
                 # in the suffix sum, where their rounding errors would otherwise pile up.
-                x = load_rows(x_ptr, rows, stride_xt, e_index, keep, E, BE)
                 own = tl.dot(scores, c, input_precision=PRECISION)
+                y = y * scale
                 product = tl.sum((x * read[:, None]).to(x.dtype).to(tl.float32) * y + x.to(tl.float32) * own, 1)
                 y = y * read[:, None] + own
             else:
-                y = tl.dot(scores, c, y * read[:, None], input_precision=PRECISION)
+                y = tl.dot(scores, c, y * (read * scale)[:, None], input_precision=PRECISION)
             column = (c * write[:, None]).to(c.dtype)
-        y = y * scale
         at_y = y_ptr + rows[:, None] * (H * E) + e_index[None, :]
         tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None] & (e_index < E)[None, :])
 
         if DECAY_GRADIENT:
             at_anchor = anchor_ptr + (chunk * BT // ANCHOR).to(tl.int64) * (H * D * E) + anchor_cell
             at_edge = ((chunk + 1) * BT % ANCHOR == 0) | (chunk == chunks - 1)
-            product = product * scale
-            at_token = token_offset + rows * H
             if REVERSE:
                 # The identity da = suffix sum of q dq - k dk restarts at every anchor from <S, dS>: rounding errors of
                 # later tokens would otherwise pile up in earlier ones.
                 if at_edge:
                     anchored = tl.load(at_anchor, mask=in_state, other=0.0) * state.to(a.dtype).to(tl.float32)
                     carry = tl.sum(tl.sum(anchored, 1), 0) * scale
-                read_at = product_ptr + (start + rows) * H + head
-                product = tl.load(read_at, mask=keep & (local * 0 + tile == 0), other=0.0) - product
+                product = read_product - product
                 inside = tl.sum(product, 0)
                 gradient = carry + inside - tl.cumsum(product, 0) + product
                 tl.store(ddecay_ptr + at_token, gradient, mask=keep)

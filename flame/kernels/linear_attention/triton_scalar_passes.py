@@ -63,7 +63,7 @@ class ChunkSums:
 class DecayGradient:
     """Buffers shared by the two sweeps that give a decay's gradient."""
 
-    product: Tensor  # [tiles, T, H] fp32 from dq, then [T, H]
+    product: Tensor  # [tiles, T, H] fp32
     anchors: Tensor
     ddecay: Tensor  # [tiles, T, H] fp32
 
@@ -113,14 +113,14 @@ def backward(
         dinitial = None
     gradient = _gradient_buffers(layout, q) if decay_gradient and decay is not None else None
     dq = sweep("dq", layout, (do, v, k), rates, initial=before, gradient=gradient, other=q)
-    if gradient is not None:
-        gradient = DecayGradient(gradient.product.sum(0), gradient.anchors, gradient.ddecay)
     dk = sweep("dk", layout, (v, do, q), rates, initial=after, gradient=gradient, other=k)
     dv = sweep("dv", layout, (k, q, do), rates, initial=after, final=dinitial)
     dq, dk, dv = (sum_groups(d, x.shape[2]) for d, x in ((dq, q), (dk, k), (dv, v)))
     if gradient is None or decay is None:
         return dq, dk, dv, None
-    ddecay = gradient.ddecay.sum(0).view(layout.batch, layout.tokens, layout.decay_heads, -1).sum(-1)
+    ddecay = gradient.ddecay.sum(0) if gradient.ddecay.shape[0] > 1 else gradient.ddecay[0]
+    ddecay = ddecay.view(layout.batch, layout.tokens, layout.decay_heads, -1)
+    ddecay = ddecay.sum(-1) if layout.decay_heads < layout.heads else ddecay.squeeze(-1)
     return dq, dk, dv, (ddecay.sum((0, 1)) if layout.kind == "head" else ddecay).to(decay.dtype)
 
 
@@ -133,7 +133,7 @@ def _boundary_decay(rates: Tensor | ChunkSums | None) -> Tensor | None:
 
 
 def _gradient_buffers(layout: Layout, q: Tensor) -> DecayGradient:
-    shape = (layout.slots(triton_layout.ANCHOR), layout.heads, layout.V, layout.K)
+    shape = (layout.slots(triton_layout.SCALAR_ANCHOR), layout.heads, layout.V, layout.K)
     anchors = q.new_empty(shape, dtype=torch.float32)
     rows = layout.batch * layout.tokens
     parts = [ceil_div(layout.K, _tile(name, layout, layout.V, layout.K, q)["BE"]) for name in ("dq", "dk")]
@@ -196,7 +196,8 @@ def sweep(
         HAS_INITIAL=initial is not None,
         STORE_FINAL=final is not None,
         DECAY_GRADIENT=gradient is not None,
-        ANCHOR=triton_layout.ANCHOR,
+        READ_TILES=1 if gradient is None else gradient.product.shape[0],
+        ANCHOR=triton_layout.SCALAR_ANCHOR,
         PRECISION=precision(a),
         **tile,
     )

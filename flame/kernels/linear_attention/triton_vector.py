@@ -163,6 +163,7 @@ def strong_scores(
     BK: tl.constexpr,
     BT: tl.constexpr,
     LEVELS: tl.constexpr,
+    GROUP: tl.constexpr,
     BONUS: tl.constexpr,
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -179,9 +180,15 @@ def strong_scores(
     local = tl.arange(0, BT)
     diagonal = local[:, None] == local[None, :]
     every = tl.arange(0, triton.next_power_of_2(K))
-    for chunk in range(tl.program_id(0), tl.cdiv(length, BT), tl.num_programs(0)):
-        slot = ((start // BT + chunk + item) * H + head) * K
-        if tl.min(tl.load(factor_ptr + slot + every, mask=every < K, other=1.0), 0) <= tl.exp2(-LIMIT):
+    chunks = tl.cdiv(length, BT)
+    group = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    at_factor = factor_ptr + ((start // BT + group + item)[:, None] * H + head) * K + every[None, :]
+    factors = tl.load(at_factor, mask=(group < chunks)[:, None] & (every < K)[None, :], other=1.0)
+    smallest = tl.min(factors, 1)
+    last = tl.minimum((tl.program_id(0) + 1) * GROUP, chunks)
+    last = tl.where(tl.min(smallest, 0) <= tl.exp2(-LIMIT), last, 0)
+    for chunk in range(tl.program_id(0) * GROUP, last):
+        if tl.min(tl.where(group == chunk, smallest, 1.0), 0) <= tl.exp2(-LIMIT):
             rows = chunk * BT + local
             keep = rows < length
             rows = rows.to(tl.int64)
@@ -293,6 +300,7 @@ def inter_sweep(
     final_ptr,  # [items, H, K, V]
     anchor_ptr,  # [anchors, H, V, K] fp32 states every ANCHOR rows: written forward, read in reverse
     edge_ptr,  # [anchors, H, K] fp32 <S, dS> at those rows, reverse
+    dscores_ptr,  # [T, H, BT] a b^T, forward
     starts_ptr,
     ends_ptr,
     scale,
@@ -356,10 +364,19 @@ def inter_sweep(
             at_anchor = anchor_ptr + anchor * (K * V) + v_index[:, None] * K + k_index[None, :]
             if REVERSE:
                 if at_edge:
-                    # dS rounded as for the dot below, so that what it sums cancels there.
-                    anchored = tl.load(at_anchor, mask=in_state, other=0.0) * state.to(DOT).to(tl.float32)
+                    anchored = tl.load(at_anchor, mask=in_state, other=0.0) * state
                     tl.store(edge_ptr + anchor * K + k_index, tl.sum(anchored, 0) * scale, mask=in_k)
-        y = tl.dot(a, state.to(DOT), input_precision=PRECISION)
+        rounded = state.to(DOT)
+        y = tl.dot(a, rounded, input_precision=PRECISION)
+        if DECAY_GRADIENT:
+            # The state in two terms: what a pair in two chunks adds to q dq and to k dk must cancel in the suffix sum.
+            y = tl.dot(a, (state - rounded.to(tl.float32)).to(DOT), y, input_precision=PRECISION)
+        if not REVERSE:
+            dscores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale
+            at_scores = dscores_ptr + ((start + rows)[:, None] * H + head) * BT + local[None, :]
+            # Every tile has them; each writes its share of the rows.
+            mine = keep & (local % tl.num_programs(0) == tl.program_id(0))
+            tl.store(at_scores, dscores.to(DOT), mask=mine[:, None])
         at_y = y_ptr + rows[:, None] * (H * K) + k_index[None, :]
         tl.store(at_y, (y * scale).to(y_ptr.dtype.element_ty), mask=keep[:, None] & in_k[None, :])
         state = tl.dot(tl.trans(b), c, state * factor[None, :], input_precision=PRECISION)

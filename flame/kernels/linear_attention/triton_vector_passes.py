@@ -50,7 +50,7 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
     if name == "prepare":
         return {"BT": 64 if max(K, V) * wide <= 512 else 32, "BK": min(64 // wide, power_of_2(K)), "num_warps": 4}
     if name.startswith("finish"):
-        return {"BK": min(32, power_of_2(K)), "BV": min(64 // wide, power_of_2(V)), "num_warps": 4 * wide}
+        return {"BK": min(64 // wide, power_of_2(K)), "num_warps": 8}
     columns = "BV" if name == "key" else "BK"
     width = min(64 if summed <= 256 else 32, power_of_2(V if name == "key" else K))
     stages = 2 if summed <= 128 else 1
@@ -94,8 +94,8 @@ def forward(
     initial, last = (None if x is None else x.mT.contiguous() for x in (initial, final))
     opening = _opening(layout, made, k, initial, last)
     before = initial if opening is None else opening
-    dqs = sweep_inter(layout, made, (q, k), initial=before, final=_uncut(layout, last))
-    o, *_ = finish_chunks(layout, made.rows, made.factors, (None, v, k, q), decay, None, dqs, None, None)
+    dqs, dscores = sweep_inter(layout, made, (q, k), initial=before, final=_uncut(layout, last))
+    o, *_ = finish_chunks(layout, made.factors, (None, v), decay, None, (dqs, None, dscores), None)
     if final is not None and last is not None:
         final.copy_(last.mT)
     return o, opening
@@ -168,12 +168,12 @@ def _gradients(
         slots = layout.slots(triton_layout.ANCHOR)
         anchors = made.ks.new_empty(slots, layout.heads, v.shape[-1], k.shape[-1], dtype=torch.float32)
         edges = made.ks.new_empty(slots, layout.heads, k.shape[-1], dtype=torch.float32)
-    dqs = sweep_inter(layout, made, (do, v), initial=before, anchors=anchors)
-    dks = sweep_inter(layout, made, (v, do), reverse=True, initial=after, anchors=anchors, edges=edges)
+    dqs, dscores = sweep_inter(layout, made, (do, v), initial=before, anchors=anchors)
+    dks, _ = sweep_inter(layout, made, (v, do), reverse=True, initial=after, anchors=anchors, edges=edges)
     dv = sweep_keys(layout, made, do, reverse=True, initial=after, final=dinitial)
-    rows, factors = made.rows, made.factors
-    del made  # a third of the peak otherwise
-    dq, dk, ddecay, dbonus = finish_chunks(layout, rows, factors, tensors, decay, bonus, dqs, dks, edges)
+    factors = made.factors
+    del made, anchors  # a third of the peak otherwise
+    dq, dk, ddecay, dbonus = finish_chunks(layout, factors, (q, k), decay, bonus, (dqs, dks, dscores), edges)
     return o, dq, dk, dv, ddecay, dbonus
 
 
@@ -215,7 +215,9 @@ def prepare_chunks(
     prepare[grid](qs_ptr=ks if qs is None else qs, ks_ptr=ks, READERS=q is not None, **common, **tile)
     if q is not None:
         width = tile["BK"]
-        strong_scores[grid](**common, BT=rows, BK=width, LEVELS=rows.bit_length() - 1, num_warps=8, num_stages=1)
+        grid = (ceil_div(layout.items.segment, 8 * rows), grid[1])
+        levels = rows.bit_length() - 1
+        strong_scores[grid](**common, BT=rows, BK=width, LEVELS=levels, GROUP=8, num_warps=8, num_stages=1)
     return Prepared(rows, qs, ks, scores, factors)
 
 
@@ -269,13 +271,15 @@ def sweep_inter(
     final: Tensor | None = None,
     anchors: Tensor | None = None,
     edges: Tensor | None = None,
-) -> Tensor:
-    """Gradient of qs through earlier chunks from (do, v), or in reverse of ks through later ones from (v, do)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of qs through earlier chunks from (do, v), and that of the scores; or in reverse, of ks through later chunks
+    from (v, do)."""
     a, b = operands
     K, V, H = made.ks.shape[-1], a.shape[-1], layout.heads
     tile = _tile("inter", K, V, a)
     # fp32: rounded here, their products would not cancel in the suffix sum of the decay's gradient.
     y = torch.empty_like(made.ks, dtype=torch.float32)
+    dscores = None if reverse else y.new_empty(layout.batch, layout.tokens, H, made.rows, dtype=made.ks.dtype)
     inter_sweep[(ceil_div(K, tile["BK"]), layout.items.count * H)](
         a_ptr=a,
         b_ptr=b,
@@ -286,6 +290,7 @@ def sweep_inter(
         final_ptr=y if final is None else final,
         anchor_ptr=y if anchors is None else anchors,
         edge_ptr=y if edges is None else edges,
+        dscores_ptr=y if dscores is None else dscores,
         scale=layout.scale,
         **item_settings(layout, y),
         **strides(a=a, b=b),
@@ -303,23 +308,23 @@ def sweep_inter(
         PRECISION=precision(made.ks),
         **tile,
     )
-    return y
+    return y, dscores
 
 
 def finish_chunks(
     layout: Layout,
-    rows: int,
     factors: Tensor,
-    tensors: tuple[Tensor | None, Tensor, Tensor, Tensor],
+    tensors: tuple[Tensor | None, Tensor],
     decay: Tensor,
     bonus: Tensor | None,
-    dqs: Tensor,
-    dks: Tensor | None,
+    gradients: tuple[Tensor, Tensor | None, Tensor],
     edges: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dq, dk, ddecay [B, T, H, K] and dbonus [H, K]; only dq without `dks`, no ddecay without `edges`."""
-    q, k, v, do = tensors
-    K, V, H = k.shape[-1], v.shape[-1], layout.heads
+    """dq, dk, ddecay [B, T, H, K] and dbonus [H, K] from the gradients of qs, ks and scores; only dq without that of ks, no
+    ddecay without `edges`."""
+    q, k = tensors
+    dqs, dks, dscores = gradients
+    K, H, rows = k.shape[-1], layout.heads, dscores.shape[-1]
     reader = k if q is None else q
     dq = k.new_empty(layout.batch, layout.tokens, H, K)
     dk = None if dks is None else torch.empty_like(dq)
@@ -331,8 +336,7 @@ def finish_chunks(
     arguments = dict(
         q_ptr=reader,
         k_ptr=k,
-        v_ptr=v,
-        do_ptr=do,
+        dscores_ptr=dscores,
         decay_ptr=decay,
         bonus_ptr=k if bonus is None else bonus,
         dqs_ptr=dqs,
@@ -343,16 +347,12 @@ def finish_chunks(
         dk_ptr=dq if dk is None else dk,
         ddecay_ptr=dq if ddecay is None else ddecay,
         dbonus_ptr=dq if dbonus is None else dbonus,
-        scale=layout.scale,
         **item_settings(layout, dq),
-        **strides(q=reader, k=k, v=v, o=do),
+        **strides(q=reader, k=k),
         GROUP_Q=H // reader.shape[2],
         GROUP_K=H // k.shape[2],
-        GROUP_V=H // v.shape[2],
-        GROUP_O=H // do.shape[2],
         GROUP_G=H // layout.decay_heads,
         K=K,
-        V=V,
         BT=rows,
         LEVELS=rows.bit_length() - 1,
         ANCHOR=triton_layout.ANCHOR,
@@ -363,6 +363,6 @@ def finish_chunks(
         DOT=tl.float32 if k.dtype == torch.float32 else tl.bfloat16,
     )
     for strong in (False, True):
-        tile = _tile("finish_strong" if strong else "finish", K, V, k)
+        tile = _tile("finish_strong" if strong else "finish", K, 0, k)
         finish[(ceil_div(K, tile["BK"]), blocks, layout.items.count * H)](**arguments, STRONG=strong, **tile)
     return dq, dk, ddecay, None if dbonus is None or bonus is None else dbonus.sum(0).to(bonus.dtype)
