@@ -11,17 +11,11 @@ from flame.config.data import flat_mixture
 from flame.config.document import PAGE, help_text, keys_of, page, tables
 
 # Keys whose reader has not landed yet.
-UNREAD = """
-job.description job.print_config training.global_batch_size training.gradient_accumulation_steps
-training.max_skipped_steps training.gc_freq parallelism.reduce_each_microbatch parallelism.disable_loss_parallel
-parallelism.pipeline_parallel_schedule parallelism.pipeline_parallel_microbatch_size checkpoint.interval
-checkpoint.interval_minutes checkpoint.enable_first_step_checkpoint checkpoint.create_seed_checkpoint
-checkpoint.last_save_in_hf metrics.log_freq metrics.enable_tensorboard metrics.save_tb_folder metrics.save_for_all_ranks
-metrics.enable_wandb metrics.disable_color_printing profiling.enable_profiling profiling.save_traces_folder
-profiling.profile_freq profiling.profiler_active profiling.profiler_warmup profiling.enable_memory_snapshot
-profiling.save_memory_snapshot_folder validation.freq generation.prompts generation.freq generation.max_new_tokens
-generation.temperature debug.deterministic comm.init_timeout_seconds comm.train_timeout_seconds comm.trace_buf_size
-""".split()  # noqa: SIM905
+UNREAD = [
+    "parallelism.disable_loss_parallel",
+    "parallelism.pipeline_parallel_schedule",
+    "parallelism.pipeline_parallel_microbatch_size",
+]
 
 ALL_KEYS = [key.name for name, cls in tables().items() for key in keys_of(cls, name)]
 
