@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from flame.checkpoint import storage
+from flame.checkpoint.staging import HostCopies, Staged
 from flame.checkpoint.state import (
     MODEL,
     OBJECTS,
@@ -68,7 +68,7 @@ class CheckpointManager:
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITER)
         self.writers = dist.new_group(backend="gloo", timeout=SLOWEST_WRITER)
         pinned = options.async_mode == "async_with_pinned_mem" and torch.cuda.is_available()
-        self.stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self.host = HostCopies(pinned)
         self.pending: PendingSave | None = None
         unknown = [name for name in options.exclude_from_loading if name not in self.states]
         if unknown:
@@ -140,18 +140,18 @@ class CheckpointManager:
         tensors = tensors_of(MODEL, self.states[MODEL])
         return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
-    def stage(self, tensors: dict[str, Tensor]) -> Any:
-        """A copy in host memory, which later updates do not reach; the same memory at every save."""
-        staged, problem = None, ""
+    def stage(self, tensors: dict[str, Tensor]) -> Staged:
+        """Copies in host memory, which later updates do not reach."""
+        staged, problem = Staged({}, {}, None), ""
         try:
-            staged = self.stager.stage(tensors)
+            staged = self.host.take(tensors)
         except RuntimeError as error:  # out of host memory, or of what may be pinned
             problem = str(error)
         self.raise_together(problem, "no copy in host memory", 'Use checkpoint.async_mode = "disabled".')
         return staged
 
     def maybe_wait_for_staging(self) -> None:
-        """For callers that wait before an update. `save` returns when its copy is complete, so there is nothing to do."""
+        """For callers that wait before an update. There is nothing to wait for: copies come first (`HostCopies`)."""
 
     def finish_pending(self, raise_failure: bool = True) -> bool:
         """Wait for a save in the background, if there is one; False when it failed."""
@@ -306,7 +306,7 @@ class PendingSave:
         self.failure: CheckpointError | None = None
         self.thread: threading.Thread | None = None
 
-    def write(self, tensors: dict[str, Any]) -> None:
+    def write(self, tensors: dict[str, Tensor] | Staged) -> None:
         """Write and publish; raises CheckpointError on every rank if any of them fails."""
         write_tensors(tensors, self.folder, self.manager.writers)
         files, problem = self.describe_own()
@@ -337,7 +337,7 @@ class PendingSave:
             return [str(error)]
         return []
 
-    def start(self, tensors: dict[str, Any]) -> None:
+    def start(self, tensors: Staged) -> None:
         """Write in the background."""
 
         def run() -> None:

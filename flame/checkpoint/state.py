@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from flame.checkpoint import storage
+from flame.checkpoint.staging import FromHost, Staged
 from flame.errors import CheckpointError
 from flame.models.hf import HEAD, named_weights
 
@@ -101,14 +102,19 @@ def agree(problem: str, group: dist.ProcessGroup) -> str:
     return "; ".join(dict.fromkeys(named))
 
 
-def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
-    """Write every rank's shards.
+def write_tensors(tensors: Mapping[str, Tensor] | Staged, folder: Path, group: dist.ProcessGroup) -> None:
+    """Write every rank's shards, from the tensors themselves or from their copies.
 
     Raises:
         CheckpointError: any rank failed, on all ranks.
     """
     with checkpoint_errors(f"writing {folder}"):
-        dcp.save(tensors, checkpoint_id=folder, process_group=group)
+        if not isinstance(tensors, Staged):
+            dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
+            return
+        if tensors.copied is not None:
+            tensors.copied.synchronize()
+        dcp.save(dict(tensors.tensors), checkpoint_id=folder, planner=FromHost(tensors), process_group=group)
 
 
 def read_tensors(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
