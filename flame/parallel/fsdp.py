@@ -28,8 +28,8 @@ class ShardingOptions:
     Attributes:
         param_dtype: dtype of gathered parameters, hence of the computation.
         reduce_dtype: dtype in which gradients are summed over ranks and micro-batches.
-        reshard_after_forward: ``default`` frees gathered blocks after their forward but keeps the root; ``always`` frees
-            the root too; ``never`` keeps everything until the backward (ZeRO-2).
+        reshard_after_forward: ``default`` frees gathered blocks after their forward but keeps the root, and keeps all where
+            parameters are not sharded; ``always`` frees the root too; ``never`` keeps everything until the backward (ZeRO-2).
         cpu_offload: keep sharded parameters, gradients and optimizer state in host memory.
     """
 
@@ -60,12 +60,14 @@ def apply_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, 
     )
     pin = torch.cuda.is_available()
     offload = CPUOffloadPolicy(pin_memory=pin) if options.cpu_offload else OffloadPolicy()
-    keep_blocks, free_root = options.reshard_after_forward == "never", options.reshard_after_forward == "always"
+    policy, unsharded = options.reshard_after_forward, mesh.size(-1) == 1
+    # Without sharding, gathering is only a cast, and doing it twice costs more time than the copy costs memory.
+    keep_blocks = policy == "never" or (policy == "default" and unsharded)
     for block in blocks:
         fully_shard(
             block, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=not keep_blocks
         )
-    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=free_root)
+    fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=policy == "always")
     for module in fsdp_modules(model):
         # The loss is already divided by the token count of all ranks, so gradients are summed, never averaged. The
         # factor alone would ask for a scaled reduction, which gloo lacks.
