@@ -85,6 +85,9 @@ def _keys(V: int) -> dict[str, list[dict[str, int]]]:
     from flame.kernels.cross_entropy.triton_rows import tile_key
 
     tiles = [
-        {"BLOCK": 8 * 32 * w * r, "num_warps": w, "UNROLL": u} for w in (8, 16, 32) for r in (1, 2) for u in (1, 2, 4)
+        {"BLOCK": 8 * 32 * w * r, "num_warps": w, "UNROLL": u}
+        for w in (8, 16, 32)
+        for r in (1, 2, 4)
+        for u in (1, 2, 4)
     ]
     return {tile_key(V): tiles}

@@ -159,13 +159,7 @@ def default_tile(vocabulary: int) -> dict[str, int]:
     """BLOCK: columns read at a time, at least 16. UNROLL: tiles in flight."""
     if vocabulary <= 4096:
         return {"BLOCK": max(16, power_of_2(vocabulary)), "num_warps": 4, "UNROLL": 1}
-    if vocabulary <= 65536:
-        return {"BLOCK": 4096, "num_warps": 16, "UNROLL": 4}
-    return {
-        "BLOCK": 32768,
-        "num_warps": 32,
-        "UNROLL": 1,
-    }  # one program a multiprocessor, so that its row stays in the L2
+    return {"BLOCK": 8192, "num_warps": 16, "UNROLL": 1}
 
 
 @dataclass

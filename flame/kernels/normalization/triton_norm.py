@@ -144,9 +144,7 @@ def default_tile(kernel: str, C: int) -> dict[str, int]:
         return {"elements": 2048, "num_warps": warps}
     if C <= 512:
         return {"elements": 1024, "num_warps": warps, "programs": 8}
-    # A row wider than the tile is one tile; 16 elements a thread of five tensors still fit in registers.
-    warps = 8 if C <= 4096 else min(32, power_of_2(C) // 512)
-    return {"elements": 8192, "num_warps": warps, "programs": 2}
+    return {"elements": 8192, "num_warps": max(8, warps), "programs": 2}
 
 
 def choose(kernel: str, x: Tensor, C: int, gated: bool) -> tuple[tiles.Tile, int, int]:

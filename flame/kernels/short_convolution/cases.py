@@ -20,7 +20,7 @@ def cases() -> list[Case]:
 
 
 def make_case(
-    W: int, packed: bool, dtype: torch.dtype, tokens: int = BOUNDS[-1], channels: int = 200, tune: bool = False
+    W: int, packed: bool, dtype: torch.dtype, tokens: int = BOUNDS[-1], channels: int = 600, tune: bool = False
 ) -> Case:
     batch = 1 if packed else 2
     bounds = tuple(b * (tokens // BOUNDS[-1]) for b in BOUNDS[:-1]) + (tokens,)
