@@ -9,7 +9,7 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 import torch
 
 from flame.kernels import tiles
-from flame.kernels.linear_attention import linear_attention, triton_layout
+from flame.kernels.linear_attention import linear_attention, triton_layout, triton_wide
 from tests.kernels.test_linear_attention import KINDS, H, K, V, inputs, run
 
 TOLERANCE = 1e-5
@@ -86,6 +86,18 @@ def test_cut_packed_documents_equal_whole_ones(kind, short_segments):
     call["initial_state"] = torch.randn(4, 1, K, V, dtype=torch.float64).requires_grad_()
     assert triton_layout.packed_items(200, 1, bounds, 20).cut
     check_triton(call, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("kind, size", [("none", "V"), ("value", "V"), ("bonus", "V"), ("scalar", "K"), ("bonus", "K")])
+def test_wide_heads_equal_narrow_ones(kind, size, monkeypatch):
+    split = {"K": K, "V": V}[size]
+    monkeypatch.setattr(triton_wide, "parts", lambda width: split if width == split else 1)
+    heads = (2, 1, 1) if size == "V" else (1, 1, 2)
+    check_triton(inputs(kind, 6, batch=1, heads=heads))
+
+
+def test_parts_are_the_fewest_that_fit():
+    assert [triton_wide.parts(width) for width in (64, 512, 600, 4096)] == [1, 1, 2, 8]
 
 
 def test_strided_views_are_read_in_place():

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels import tiles
-from flame.kernels.linear_attention import triton_scalar_passes, triton_vector_passes
+from flame.kernels.linear_attention import triton_scalar_passes, triton_vector_passes, triton_wide
 from flame.kernels.linear_attention.problem import Problem
 from flame.kernels.linear_attention.triton_layout import Layout, dense_items, packed_items
 
@@ -29,6 +29,13 @@ _SCHEMAS = {
 
 def linear_attention_triton(p: Problem, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H, V] and the final state [N, H, K, V] of a validated problem."""
+    values, keys = triton_wide.parts(p.v.shape[-1]), triton_wide.parts(p.k.shape[-1])
+    if values > 1:
+        o, final = linear_attention_triton(triton_wide.split_values(p, values), output_final_state)
+        return triton_wide.join_values(o, final, values)
+    if keys > 1:
+        o, final = linear_attention_triton(triton_wide.split_keys(p, keys), output_final_state)
+        return triton_wide.join_keys(o, final, keys)
     o, final = _Sweeps.apply(
         p.q, p.k, p.v, p.decay, p.bonus, p.initial_state, p.cu_seqlens, p.kind, p.scale, output_final_state
     )
