@@ -73,7 +73,7 @@ def summarize_names(names: list[str], limit: int = 8) -> str:
     """Distinct last parts of parameter names, e.g. ``q_proj.weight, A_log``, shortened to `limit` of them."""
     kinds: dict[str, int] = {}
     for name in names:
-        parts = name.split(".")
+        parts = [part for part in name.split(".") if not part.isdigit()]
         kind = ".".join(parts[-2:]) if parts[-1] in ("weight", "bias") else parts[-1]
         kinds[kind] = kinds.get(kind, 0) + 1
     shown = list(kinds)[:limit]
