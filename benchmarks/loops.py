@@ -29,12 +29,12 @@ Step = Callable[["PackedBatch"], Tensor]
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows [B, T], or one row of documents cut at cu_seqlens, the longest of `longest` tokens."""
+    """Rows [B, T], or one row of documents cut at cu_seqlens, the longest of `max_seqlen` tokens."""
 
     input_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor | None
-    longest: int
+    max_seqlen: int
 
 
 def build(name: str, job: JobConfig) -> tuple[Step, nn.Module]:
@@ -97,7 +97,7 @@ def torch_transformer(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Mod
 
     def forward(batch: PackedBatch) -> Tensor:
         positions = token_positions(batch.input_ids.shape[1], batch.input_ids.device, batch.cu_seqlens)
-        return loss(batch.input_ids, batch.labels, positions, batch.cu_seqlens, batch.longest)
+        return loss(batch.input_ids, batch.labels, positions, batch.cu_seqlens, batch.max_seqlen)
 
     return optimize(job, model, forward), model
 

@@ -32,6 +32,7 @@ from flame.metrics.throughput import peak_flops
 from flame.models.decoder import build_model
 
 STARTED = "FLAME_BENCHMARK_STARTED"  # wall-clock time at which the parent began a child
+LONGEST = 4096  # of packed documents
 STEADY = 3  # first steps compile, tune and settle the allocator
 
 
@@ -61,7 +62,7 @@ def make_batch(shape: str, vocabulary: int, seed: int) -> PackedBatch:
         total = int(shape.removeprefix("packed:"))
         starts, length = [0], (1, total)
         while starts[-1] < total:
-            document = int(torch.randint(16, 4097, (), generator=generator))
+            document = int(torch.randint(16, LONGEST + 1, (), generator=generator))
             starts.append(min(starts[-1] + document, total))
         cu_seqlens = torch.tensor(starts, dtype=torch.int32)
     else:
@@ -72,7 +73,7 @@ def make_batch(shape: str, vocabulary: int, seed: int) -> PackedBatch:
     labels[:, -1] = -100
     if cu_seqlens is not None:
         labels[0, cu_seqlens[1:].long() - 1] = -100
-    longest = length[1] if cu_seqlens is None else int(cu_seqlens.diff().max())
+    longest = length[1] if cu_seqlens is None else LONGEST
     return PackedBatch(tokens.cuda(), labels.cuda(), None if cu_seqlens is None else cu_seqlens.cuda(), longest)
 
 
@@ -82,8 +83,11 @@ def load(path: str, overrides: list[str]) -> JobConfig:
 
 
 def flops_per_token(job: JobConfig, batch: PackedBatch) -> float:
+    """Forward and backward operations a token, documents weighted by their tokens."""
+    lengths = [batch.input_ids.shape[1]] if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
     with torch.device("meta"):
-        return build_model(model_values(job)).flops_per_token(batch.input_ids.shape[1])
+        model = build_model(model_values(job))
+    return sum(length * model.flops_per_token(length) for length in lengths) / sum(lengths)
 
 
 class Entrant:

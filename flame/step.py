@@ -20,7 +20,8 @@ IGNORED = -100  # label of a position without target
 
 
 class MicroBatch(Protocol):
-    """What the model reads: tokens [B, T], labels [B, T] already shifted, document starts [N + 1] or None."""
+    """What the model reads: tokens [B, T], labels [B, T] already shifted, document starts [N + 1] and a bound on their
+    lengths, or None."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -30,6 +31,9 @@ class MicroBatch(Protocol):
 
     @property
     def cu_seqlens(self) -> Tensor | None: ...
+
+    @property
+    def max_seqlen(self) -> int | None: ...
 
 
 @dataclass
@@ -176,7 +180,9 @@ class TrainStep:
 
     def forward_backward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
         """Gradients of this micro-batch's share of the loss, which is returned."""
-        output = self.model(batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens)
+        output = self.model(
+            batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
+        )
         loss = output.loss_sum / tokens
         loss.backward()
         return loss.detach()

@@ -19,7 +19,8 @@ class Batch:
         input_ids: int64 [B, T]; with packed documents [1, B*T].
         labels: int64, same shape, the token that follows each input; -100 where there is none.
         cu_seqlens: int32 [N+1], where packed documents begin and end in the one row; None without packing.
-        max_seqlen: longest packed document; T without packing.
+        max_seqlen: no packed document is longer; the same for all batches of a job, so that compiled code and kernels
+            that take it need not change from step to step. T without packing.
         row_numbers: place of each row in the whole run.
         source_tokens: input tokens from each source.
     """
@@ -48,16 +49,16 @@ class Batch:
         return replace(self, input_ids=move(self.input_ids), labels=move(self.labels), cu_seqlens=cu_seqlens)
 
 
-def collate(rows: Sequence[Row], source_names: Sequence[str]) -> Batch:
-    """Rows to a batch. Packed rows are laid end to end in one row of the batch."""
+def collate(rows: Sequence[Row], source_names: Sequence[str], longest: int) -> Batch:
+    """Rows to a batch, no document of which has more than `longest` tokens. Packed rows are laid end to end in one row."""
     tokens = np.stack([row.tokens for row in rows])
     labels = np.stack([row.labels for row in rows])
     counts = sum((row.source_tokens for row in rows), np.zeros(len(source_names), dtype=np.int64))
-    cu_seqlens, longest = None, tokens.shape[1]
+    cu_seqlens = None
     if rows[0].starts is not None:
         bounds = [row.starts + index * tokens.shape[1] for index, row in enumerate(rows) if row.starts is not None]
         ends = np.concatenate([*bounds, [tokens.size]]).astype(np.int32)
-        cu_seqlens, longest = torch.from_numpy(ends), int(np.diff(ends).max())
+        cu_seqlens = torch.from_numpy(ends)
         tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
     return Batch(
         input_ids=torch.from_numpy(tokens).long(),
@@ -69,8 +70,8 @@ def collate(rows: Sequence[Row], source_names: Sequence[str]) -> Batch:
     )
 
 
-def padding_row(like: Row) -> Row:
+def padding_row(like: Row, longest: int) -> Row:
     """A row that counts for nothing: its labels are all -100."""
     empty = np.full_like(like.labels, IGNORED)
-    starts = None if like.starts is None else np.zeros(1, dtype=np.int32)
+    starts = None if like.starts is None else np.arange(0, empty.size, longest, dtype=np.int32)
     return Row(-1, np.zeros_like(like.tokens), empty, starts, np.zeros_like(like.source_tokens), {})

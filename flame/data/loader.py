@@ -86,7 +86,7 @@ class Loader:
                 number = self._rank.dp_rank + taken * self._rank.dp_world_size
                 rows.append(checked(next(streams[number % self._recipe.settings.virtual_shards]), number))
                 taken += 1
-            batch = collate(rows, self.source_names)
+            batch = collate(rows, self.source_names, self._recipe.settings.packing.longest)
             yield (batch.pin_memory() if self._rank.workers.pin_memory else batch), rows
 
     def state_dict(self) -> dict[str, Any]:

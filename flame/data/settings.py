@@ -70,6 +70,11 @@ class PackingSettings:
         if self.context_len is not None and self.context_len < 1:
             raise ConfigError(f"training.context_len is {self.context_len}, expected at least 1.")
 
+    @property
+    def longest(self) -> int:
+        """No document in a row is longer than this many tokens."""
+        return min(self.context_len or self.seq_len, self.seq_len) if self.varlen else self.seq_len
+
 
 @dataclass(frozen=True)
 class DataSettings:

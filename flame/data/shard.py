@@ -113,8 +113,7 @@ class Shard:
         tokens, labels = np.zeros(length, dtype=np.int32), np.full(length, IGNORED, dtype=np.int32)
         counts = np.zeros(len(self._readers), dtype=np.int64)
         starts, filled = [], 0
-        longest = packing.context_len or length if packing.varlen else length
-        while filled < length and (piece := self._cut(min(length - filled, longest))) is not None:
+        while filled < length and (piece := self._cut(min(length - filled, packing.longest))) is not None:
             starts.append(filled)
             end = filled + len(piece.tokens)
             tokens[filled:end] = piece.tokens
@@ -128,8 +127,7 @@ class Shard:
             labels[: filled - 1] = tokens[1:filled]
             labels[filled - 1] = self._peek()
             return self._finish(tokens, labels, None, counts)
-        if filled < length:
-            starts.append(filled)
+        starts += range(filled, length, packing.longest)  # padding is cut like documents
         return self._finish(tokens, labels, np.array(starts, dtype=np.int32), counts)
 
     def _cut(self, limit: int) -> _Piece | None:

@@ -48,10 +48,11 @@ class ValidationLoader:
         mine, total, sample = self._read_rows()
         if sample is None:
             raise DataError(f"the validation data ({', '.join(names)}) holds no document.")
+        longest = self._recipe.settings.packing.longest
         world, size = self._rank.dp_world_size, self._rank.local_batch_size
         count = -(-total // (world * size))
-        mine += [padding_row(sample)] * (count * size - len(mine))
-        batches = [collate(mine[start : start + size], names) for start in range(0, len(mine), size)]
+        mine += [padding_row(sample, longest)] * (count * size - len(mine))
+        batches = [collate(mine[start : start + size], names, longest) for start in range(0, len(mine), size)]
         return [batch.pin_memory() for batch in batches] if self._rank.workers.pin_memory else batches
 
     def _read_rows(self) -> tuple[list[Row], int, Row | None]:

@@ -30,6 +30,7 @@ class Context:
 
     Attributes:
         cu_seqlens: [N + 1] int32 starts of the packed documents and the total length, or None when rows are documents.
+        max_seqlen: no packed document is longer than this; None where it is not known.
         positions: [T] int64 index of each token in its document, counting cached tokens.
         cache: this layer's decode state, read and written by its mixer; None when training.
         carried: tensors that pass from block to block beside the hidden state (RWKV7's first values, router losses).
@@ -37,6 +38,7 @@ class Context:
     """
 
     cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
     positions: Tensor | None = None
     cache: LayerCache | None = None
     carried: dict[str, Tensor] = field(default_factory=dict)
@@ -46,7 +48,11 @@ class Context:
 
 
 def make_context(
-    length: int, device: torch.device, cu_seqlens: Tensor | None = None, cache: Cache | None = None
+    length: int,
+    device: torch.device,
+    cu_seqlens: Tensor | None = None,
+    cache: Cache | None = None,
+    max_seqlen: int | None = None,
 ) -> Context:
     """The context of a forward over `length` tokens a row.
 
@@ -57,7 +63,8 @@ def make_context(
         raise FlameError(
             "cu_seqlens cannot be combined with a cache that already holds tokens; decode plain rows instead."
         )
-    return Context(cu_seqlens, token_positions(length, device, cu_seqlens, cache.seen if cache else 0))
+    positions = token_positions(length, device, cu_seqlens, cache.seen if cache else 0)
+    return Context(cu_seqlens, max_seqlen, positions)
 
 
 def token_positions(length: int, device: torch.device, cu_seqlens: Tensor | None = None, offset: int = 0) -> Tensor:

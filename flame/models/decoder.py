@@ -62,10 +62,14 @@ class Backbone(nn.Module):
         return {}
 
     def forward(
-        self, input_ids: Tensor, cu_seqlens: Tensor | None = None, cache: Cache | None = None
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        max_seqlen: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Normed hidden states [B, T, D] of tokens [B, T], and what the last block carried."""
-        ctx = make_context(input_ids.shape[1], input_ids.device, cu_seqlens, cache)
+        ctx = make_context(input_ids.shape[1], input_ids.device, cu_seqlens, cache, max_seqlen)
         x, carried = self.embeddings(input_ids), self.initial_carried()
         for index, block in enumerate(self.layers):
             x, carried = block(x, ctx.at_layer(cache.layers[index] if cache else None, carried))
@@ -117,6 +121,7 @@ class CausalLM(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        max_seqlen: int | None = None,
     ) -> CausalLMOutput:
         """
         Args:
@@ -124,6 +129,7 @@ class CausalLM(nn.Module):
             labels: [B, T] int64, already shifted: the target of position t, or -100 to ignore it.
             cu_seqlens: [N + 1] int32 document starts and the total; needs B == 1. Documents never see each other.
             cache: decode state from `new_cache`, advanced in place.
+            max_seqlen: a bound on the length of packed documents, which makes attention faster where it is known.
 
         Raises:
             FlameError: cu_seqlens with B > 1, or with a cache that already holds tokens.
@@ -132,7 +138,7 @@ class CausalLM(nn.Module):
             raise FlameError(
                 f"cu_seqlens needs one packed row; input_ids has {input_ids.shape[0]} rows. Concatenate them."
             )
-        hidden, carried = self.decoder(input_ids, cu_seqlens, cache)
+        hidden, carried = self.decoder(input_ids, cu_seqlens, cache, max_seqlen)
         if labels is None:
             return CausalLMOutput(logits=self.lm_head(hidden), cache=cache)
         loss_sum = linear_cross_entropy(

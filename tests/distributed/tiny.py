@@ -31,6 +31,7 @@ class Packed:
     input_ids: torch.Tensor
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
+    max_seqlen: int | None = None
 
 
 def packed_row(index):

@@ -21,6 +21,7 @@ def softmax_attention(
     scale: float | None = None,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Every query sees the keys up to its own position, or the last `window` of them.
@@ -33,6 +34,7 @@ def softmax_attention(
         scale: of the scores; Dqk^-0.5 by default.
         window: query i sees keys i - window + 1 .. i; None for all.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); none sees another.
+        max_seqlen: no document is longer; saves launching programs for documents as long as the row.
         backend: 'library' (torch's fast kernels, the default on a GPU where they can), 'chunked' (any device; with
             cu_seqlens it waits for the device) or 'reference'.
 
@@ -45,11 +47,12 @@ def softmax_attention(
     _check(q, k, v, window, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend is None and q.is_cuda and "FLAME_BACKEND" not in os.environ:
-        fast = library.supports(q, k, v, window, cu_seqlens)
-        return (library if fast else chunked).softmax_attention(q, k, v, scale, window, cu_seqlens)
-    chosen = select_backend(q, backend, ("chunked", "reference", "library"))
-    form = {"chunked": chunked, "reference": reference, "library": library}[chosen]
-    return form.softmax_attention(q, k, v, scale, window, cu_seqlens)
+        chosen = "library" if library.supports(q, k, v, window, cu_seqlens) else "chunked"
+    else:
+        chosen = select_backend(q, backend, ("chunked", "reference", "library"))
+    if chosen == "library":
+        return library.softmax_attention(q, k, v, scale, window, cu_seqlens, max_seqlen)
+    return (chunked if chosen == "chunked" else reference).softmax_attention(q, k, v, scale, window, cu_seqlens)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> None:

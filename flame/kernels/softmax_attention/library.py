@@ -29,7 +29,13 @@ def is_plain(q: Tensor, k: Tensor, window: int | None, cu_seqlens: Tensor | None
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     """Shapes as in the reference."""
     width = v.shape[3]
@@ -41,7 +47,7 @@ def softmax_attention(
             1, 2
         )
     q, k, v = _same_width(q, k, v)
-    return _varlen(q, k, v, scale, window, cu_seqlens)[..., :width]
+    return _varlen(q, k, v, scale, window, cu_seqlens, max_seqlen)[..., :width]
 
 
 def _same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +77,15 @@ def _varlen_options() -> frozenset[str]:
 _VARLEN_OPTIONS = _varlen_options()
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     B, Tq, H, _ = q.shape
@@ -87,6 +101,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, c
         else:
             k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    # The longest document is not known on the host; the row's length is a bound that costs some empty programs.
-    o = varlen_attn(q, k, v, starts_q, starts_k, Tq, Tk, **options)
+    # Without a bound on documents the row's length is one, at the cost of many empty programs.
+    longest = Tq if cu_seqlens is None or max_seqlen is None else max_seqlen
+    o = varlen_attn(q, k, v, starts_q, starts_k, longest, Tk if cu_seqlens is None else longest, **options)
     return o.unflatten(0, (B, Tq))

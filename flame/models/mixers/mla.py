@@ -79,7 +79,15 @@ class MultiheadLatentAttention(Mixer):
         latent, k_rope = self.with_cached(latent, k_rope, ctx)
         k_nope, v = split_heads(self.kv_proj[2](latent), c.num_heads).split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k = torch.cat([k_nope, k_rope.expand(-1, -1, c.num_heads, -1)], -1)
-        o = softmax_attention(q, k, v, scale=self.score_dim**-0.5, window=c.window_size, cu_seqlens=ctx.cu_seqlens)
+        o = softmax_attention(
+            q,
+            k,
+            v,
+            scale=self.score_dim**-0.5,
+            window=c.window_size,
+            cu_seqlens=ctx.cu_seqlens,
+            max_seqlen=ctx.max_seqlen,
+        )
         return self.o_proj(merge_heads(o))
 
     def with_cached(self, latent: Tensor, k_rope: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:

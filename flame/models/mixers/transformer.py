@@ -78,7 +78,15 @@ class Attention(Mixer):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotary(q, ctx.positions, c.rope_theta), rotary(k, ctx.positions, c.rope_theta)
         k, v = self.with_cached(k, v, ctx)
-        o = softmax_attention(q, k, v, scale=c.head_dim**-0.5, window=c.window_size, cu_seqlens=ctx.cu_seqlens)
+        o = softmax_attention(
+            q,
+            k,
+            v,
+            scale=c.head_dim**-0.5,
+            window=c.window_size,
+            cu_seqlens=ctx.cu_seqlens,
+            max_seqlen=ctx.max_seqlen,
+        )
         return self.o_proj(merge_heads(o))
 
     def with_cached(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
