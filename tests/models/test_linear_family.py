@@ -209,7 +209,9 @@ def test_initial_weights_follow_the_papers():
 
     rwkv6 = parameters(model_type="rwkv6", num_heads=2)
     assert not rwkv6["model.layers.0.attn.w_proj.linear.lora.0.weight"].any()  # every log decay starts at -1
-    loras = rwkv6["model.layers.0.attn.w_proj.linear.lora.2.weight"]  # [32, 64]: rows orthogonal, longer for more columns
+    loras = rwkv6[
+        "model.layers.0.attn.w_proj.linear.lora.2.weight"
+    ]  # [32, 64]: rows orthogonal, longer for more columns
     torch.testing.assert_close(loras @ loras.T, torch.eye(32) * 0.02, atol=1e-6, rtol=0)
 
     rodimus = parameters(model_type="rodimus", block_type="rodimus")
