@@ -139,7 +139,7 @@ class TrainStep:
 
     Args:
         model: sharded by `flame.parallel.fsdp.apply_fsdp`, with the forward of `CausalLM`.
-        group: ranks that read different data.
+        group: ranks that hold different tokens.
     """
 
     def __init__(

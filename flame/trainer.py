@@ -64,7 +64,7 @@ class Trainer:
         self.optimizer = build_optimizer(job, self.model)
         self.guard = FiniteGuard(job.training.nan_policy, world.device, job.training.max_skipped_steps)
         options = StepOptions(job.training.max_norm, job.parallelism.reduce_each_microbatch)
-        self.step = TrainStep(self.model, self.optimizer, self.guard, self.mesh.data_group, options)
+        self.step = TrainStep(self.model, self.optimizer, self.guard, self.mesh.loss_group, options)
         self.validator = self.build_validator()
 
         self.progress = Progress()
@@ -81,7 +81,7 @@ class Trainer:
         batches = build_validation_loader(self.job, self.tokenizer, self.mesh.data_rank, self.mesh.data_size)
         if batches is None:
             return None
-        return Validator(self.model, batches, token_bytes(self.tokenizer), self.world.device, self.mesh.data_group)
+        return Validator(self.model, batches, token_bytes(self.tokenizer), self.world.device, self.mesh.loss_group)
 
     def build_checkpoints(self) -> CheckpointManager:
         """Everything that resuming exactly takes, under the names that checkpoint.exclude_from_loading knows."""
@@ -237,7 +237,7 @@ class Trainer:
         """Once compiled and running, a collective that does not come back soon is a lost rank; elsewhere it may be slow."""
         comm = self.job.comm
         seconds = comm.train_timeout_seconds if running else comm.init_timeout_seconds
-        set_timeouts(seconds, [self.mesh.data_group, *self.mesh.device_mesh.get_all_groups()])
+        set_timeouts(seconds, self.mesh.groups())
 
     def finish(self) -> None:
         """Wait for the last checkpoint; at the end of the job, export the model, sample from it and say how it went."""

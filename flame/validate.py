@@ -52,7 +52,7 @@ class Validator:
     Args:
         batches: this rank's batches; every rank has the same number of them.
         sizes: `token_bytes` of the tokenizer.
-        group: ranks that read different data.
+        group: ranks that hold different tokens.
     """
 
     def __init__(

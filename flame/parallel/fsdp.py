@@ -51,7 +51,7 @@ def apply_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, 
     weight without calling the head.
 
     Args:
-        mesh: [dp_shard], or [dp_replicate, dp_shard] for HSDP.
+        mesh: [dp_shard x cp], or [dp_replicate, dp_shard x cp] for HSDP; see `Mesh.fsdp`.
     """
     # Inputs are not cast: the residual stream already has the parameters' dtype, and what blocks pass on beside it
     # may have to stay in fp32.

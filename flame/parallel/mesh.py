@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch.distributed as dist
@@ -72,46 +71,65 @@ class Mesh:
 
     Attributes:
         device_mesh: all five axes, in the order of `AXES`.
-        data_rank: this rank's number among those that read different data (dp_replicate outer, dp_shard inner).
-        data_group: ranks over which losses and token counts are summed.
+        fsdp: [dp_shard x cp] for FSDP, [dp_replicate, dp_shard x cp] when parameters are also replicated (HSDP). Context
+            parallel ranks hold the same parameters and different tokens, so parameters are sharded over them too.
+        data_rank: this rank's number among those that read different data (dp_replicate outer, dp_shard inner); the same
+            for all its cp, tp and pp peers.
+        data_group: one rank for each of the ranks that read different data.
+        loss_group: ranks that hold different tokens (data x cp), over which losses and token counts are summed.
     """
 
     degrees: Degrees
     device_mesh: DeviceMesh
+    fsdp: DeviceMesh
     data_rank: int
     data_group: dist.ProcessGroup
+    loss_group: dist.ProcessGroup
 
     @property
     def data_size(self) -> int:
         return self.degrees.data
 
-    def fsdp(self) -> DeviceMesh:
-        """[dp_shard] for FSDP, [dp_replicate, dp_shard] when parameters are also replicated (HSDP)."""
-        if self.degrees.dp_replicate > 1:
-            return self.device_mesh["dp_replicate", "dp_shard"]
-        return self.device_mesh["dp_shard"]
+    def axis(self, name: str) -> DeviceMesh:
+        """The 1-D mesh of this rank's peers along one of `AXES`."""
+        return self.device_mesh[name]
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """This rank's peers along one of `AXES`."""
+        return self.device_mesh.get_group(name)
+
+    def rank(self, name: str) -> int:
+        """This rank's number along one of `AXES`."""
+        return self.device_mesh.get_local_rank(name)
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Every group that training communicates in, once."""
+        flat = [self.data_group, self.loss_group, *self.fsdp.get_all_groups()]
+        return list(dict.fromkeys([*flat, *self.device_mesh.get_all_groups()]))
 
 
 def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
     """The mesh over all ranks of the initialised default process group.
 
     Raises:
-        ConfigError: the degrees do not fit the number of ranks, or ask for an axis that training cannot use yet.
+        ConfigError: the degrees do not fit the number of ranks.
     """
     degrees = resolve_degrees(degrees, world_size)
-    for axis in ("pp", "cp", "tp"):
-        if getattr(degrees, axis) > 1:
-            raise ConfigError(
-                f"parallelism.{CONFIG_KEYS[axis]} = {getattr(degrees, axis)}: not yet. Training uses data parallelism "
-                f"only (data_parallel_replicate_degree, data_parallel_shard_degree); set this degree to 1."
-            )
     shape = tuple(getattr(degrees, axis) for axis in AXES)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    coordinate = dict(zip(AXES, device_mesh.get_coordinate() or ()))
-    data_rank = coordinate["dp_replicate"] * degrees.dp_shard + coordinate["dp_shard"]
-    # With only data axes the data group is the world. Other axes will need a flattened submesh here.
-    if degrees.data != math.prod(shape):
-        raise ConfigError(f"parallelism: {degrees} splits more than the data.")
-    group = dist.group.WORLD
-    assert group is not None
-    return Mesh(degrees, device_mesh, data_rank, group)
+    data_rank = device_mesh.get_local_rank("dp_replicate") * degrees.dp_shard + device_mesh.get_local_rank("dp_shard")
+    shard = joint_axis(device_mesh, ("dp_shard", "cp"))
+    fsdp = device_mesh["dp_replicate", shard] if degrees.dp_replicate > 1 else device_mesh[shard]
+    data_group = device_mesh.get_group(joint_axis(device_mesh, ("dp_replicate", "dp_shard")))
+    loss_group = device_mesh.get_group(joint_axis(device_mesh, ("dp_replicate", "dp_shard", "cp")))
+    return Mesh(degrees, device_mesh, fsdp, data_rank, data_group, loss_group)
+
+
+def joint_axis(device_mesh: DeviceMesh, axes: tuple[str, ...]) -> str:
+    """Name of the axis that joins `axes` into one; no new one is made where at most one of them has several ranks."""
+    longer = [axis for axis in axes if device_mesh[axis].size() > 1]
+    if len(longer) <= 1:
+        return longer[0] if longer else axes[0]
+    name = "_".join(axes)
+    device_mesh[axes]._flatten(name)
+    return name

@@ -68,7 +68,7 @@ def sharded_model(degrees, world_size, config=None, checkpointing="none", **opti
         model = build_model(config or CONFIG)
     apply_activation_checkpointing(list(model.blocks), checkpointing, "op")
     mesh = build_mesh(degrees, "cpu", world_size)
-    apply_fsdp(model, list(model.blocks), mesh.fsdp(), ShardingOptions(**options))
+    apply_fsdp(model, list(model.blocks), mesh.fsdp, ShardingOptions(**options))
     model.to_empty(device="cpu")
     initialize_weights(model, seed=1)
     return model, mesh
@@ -81,7 +81,7 @@ def make_step(degrees, world_size, policy="skip", config=None, step_options=None
     rate = LearningRate(Schedule(20, warmup_steps=2), 1e-2, torch.device("cpu"))
     optimizer = Optimizer({"adamw": rule}, rate)
     guard = FiniteGuard(policy, torch.device("cpu"))
-    return TrainStep(model, optimizer, guard, mesh.data_group, step_options or StepOptions()), mesh
+    return TrainStep(model, optimizer, guard, mesh.loss_group, step_options or StepOptions()), mesh
 
 
 def full_parameters(model):
