@@ -31,6 +31,8 @@ SMALL = {  # what a system needs to be small, where two heads of 16 do not say i
     "mesa_net": {"num_heads": 2, "head_dim": 16},
     "mla": {"num_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
             "qk_head_dim": 16, "v_head_dim": 8},
+    "nsa": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 4, "block_counts": 3, "window_size": 5},
+    "moba": {"num_heads": 2, "moba_chunk_size": 4, "moba_topk": 2},
 }  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""NSA, native sparse attention (Yuan et al., arXiv 2502.11089): compressed, selected and window branches under gates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flame.errors import FlameError
+from flame.kernels.backend import select_backend
+from flame.kernels.block_attention import check_shapes
+from flame.kernels.native_sparse_attention import chunked, reference
+from flame.kernels.softmax_attention import softmax_attention
+
+__all__ = ["SparsePattern", "native_sparse_attention"]
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """What a query sees.
+
+    block_size: keys in a block. block_count: blocks that the selected branch attends to. window: newest keys that the
+    window branch attends to; 0 leaves the branch out.
+    """
+
+    block_size: int = 64
+    block_count: int = 16
+    window: int = 512
+
+
+def native_sparse_attention(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    pattern: SparsePattern,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    means: tuple[Tensor, Tensor] | None = None,
+    block_indices: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``g_0 compressed + g_1 selected + g_2 window``, each a softmax attention of its own.
+
+    - compressed: over the means of keys and values of the blocks that end at or before the query; zero without any.
+    - selected: over the keys, up to the query, of `block_count` blocks. The query's own block, the one before it and the
+      document's first are always among them, in this order of preference; the others are those with the largest
+      compressed attention weight, summed over the query heads of a key head. Equal weights go to the earlier block. The
+      choice has no gradient.
+    - window: over the newest `window` keys.
+
+    Args:
+        q: `[B, Tq, H, K]`.
+        k: `[B, Tk, Hk, K]`, Tk >= Tq, the last query aligned with the last key; Hk divides H.
+        v: `[B, Tk, Hk, V]`.
+        gates: `[B, Tq, H, 3]`, factors of the three branches.
+        scale: of the scores; K^-0.5 by default.
+        cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); blocks are counted from their starts.
+        means: means of k and v over their complete blocks, `[B, Tk // block_size, Hk, .]`, where a decoder has kept
+            them; not with cu_seqlens.
+        block_indices: `[B, Tq, Hk, S]` blocks to use instead of choosing any, as in `block_attention`.
+        backend: 'chunked' or 'reference'; default by device.
+
+    Returns:
+        `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k, v and gates.
+
+    Raises:
+        FlameError: shapes that do not fit together, a pattern with nothing in it, an unknown backend.
+    """
+    _check(q, k, v, gates, pattern, cu_seqlens)
+    if means is not None and cu_seqlens is not None:
+        raise FlameError("native_sparse_attention: means are for decoding plain rows; leave them out with cu_seqlens.")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
+    compressed, selected = form.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    g = gates.to(wide).unsqueeze(-1).unbind(3)  # each [B, T, H, 1]
+    o = g[0] * compressed + g[1] * selected
+    if pattern.window:
+        o = o + g[2] * softmax_attention(
+            q, k, v, scale=scale, window=pattern.window, cu_seqlens=cu_seqlens, backend=backend
+        )
+    return o.to(q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, pattern: SparsePattern, cu_seqlens: Tensor | None) -> None:
+    check_shapes("native_sparse_attention", q, k, v, cu_seqlens)
+    if gates.shape != (*q.shape[:3], 3):
+        raise FlameError(
+            f"native_sparse_attention: gates must be [B, Tq, H, 3] = {(*q.shape[:3], 3)}; got {tuple(gates.shape)}."
+        )
+    if pattern.block_size < 1 or pattern.block_count < 1 or pattern.window < 0:
+        raise FlameError(
+            f"native_sparse_attention: block_size and block_count must be at least 1, window at least 0; got {pattern}."
+        )
