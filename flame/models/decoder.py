@@ -13,7 +13,7 @@ from flame.errors import FlameError
 from flame.kernels.cross_entropy import linear_cross_entropy
 from flame.models.block import AttentionResidualBlock, Block, SourceScore, mix_sources
 from flame.models.config import ModelConfig
-from flame.models.context import Cache, make_context
+from flame.models.context import Cache, Context, make_context
 from flame.models.modules import Embedding, Linear, RMSNorm
 from flame.models.registry import block_owner, get_system, layer_system, resolve_config
 
@@ -70,14 +70,24 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Normed hidden states [B, T, D] of tokens [B, T], and what the last block carried."""
         ctx = make_context(input_ids.shape[1], input_ids.device, cu_seqlens, cache, max_seqlen)
-        x, carried = self.embeddings(input_ids), self.initial_carried()
-        for index, block in enumerate(self.layers):
-            x, carried = block(x, ctx.at_layer(cache.layers[index] if cache else None, carried))
+        x, carried = self.run_blocks(self.embeddings(input_ids), self.initial_carried(), ctx, cache)
         if cache is not None:
             cache.seen += input_ids.shape[1]
+        return self.finish(x, carried), carried
+
+    def run_blocks(
+        self, x: Tensor, carried: dict[str, Tensor], ctx: Context, cache: Cache | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stream [B, T, D] after all blocks, or those that a pipeline stage has, and what the last one carried."""
+        for name, block in self.layers.named_children():
+            x, carried = block(x, ctx.at_layer(cache.layers[int(name)] if cache else None, carried))
+        return x, carried
+
+    def finish(self, x: Tensor, carried: dict[str, Tensor]) -> Tensor:
+        """Normed hidden states [B, T, D] of the last block's stream, in the stream's dtype."""
         if self.config.attnres_block_size:
             x = mix_sources(torch.cat([carried["sources"], x[None]]), self.res_proj, self.res_norm)
-        return getattr(self, self.names.final_norm)(x), carried
+        return getattr(self, self.names.final_norm)(x)
 
 
 class CausalLM(nn.Module):
@@ -107,12 +117,12 @@ class CausalLM(nn.Module):
 
     def tie_weights(self) -> None:
         """Make the head share the embedding if the config says so. Needed again after `to_empty`, which unties."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.lm_head is not None:  # pipeline stages lack it, but the last
             self.lm_head.weight = self.decoder.embeddings.weight
 
     def new_cache(self) -> Cache:
         """An empty decode cache for this model."""
-        return Cache.empty(len(self.blocks))
+        return Cache.empty(self.config.num_hidden_layers)
 
     def forward(
         self,
@@ -140,7 +150,16 @@ class CausalLM(nn.Module):
             )
         hidden, carried = self.decoder(input_ids, cu_seqlens, cache, max_seqlen)
         if labels is None:
-            return CausalLMOutput(logits=self.lm_head(hidden), cache=cache)
+            return CausalLMOutput(logits=self.logits(hidden), cache=cache)
+        return CausalLMOutput(loss_sum=self.loss_sum(hidden, labels, carried), cache=cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, T, V] of hidden states [B, T, D]; a stream may be wider than the weights (Mamba's `residual_in_fp32`)."""
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor, carried: dict[str, Tensor]) -> Tensor:
+        """fp32 scalar, summed over valid tokens, of hidden states [B, T, D] and what the last block carried."""
+        hidden = hidden.to(self.lm_head.weight.dtype)
         loss_sum = linear_cross_entropy(
             hidden.flatten(0, 1),
             self.lm_head.weight,
@@ -149,7 +168,7 @@ class CausalLM(nn.Module):
         )
         if "router_loss" in carried:  # a mean over tokens, already weighted; made a sum like the rest
             loss_sum = loss_sum + carried["router_loss"] * (labels != -100).sum()
-        return CausalLMOutput(loss_sum=loss_sum, cache=cache)
+        return loss_sum
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone: all vectors, and what the mixers name."""
@@ -170,7 +189,8 @@ class CausalLM(nn.Module):
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
         """(name, mixer) of every layer."""
-        for index, block in enumerate(self.blocks):
+        blocks: Any = self.blocks.named_children()
+        for index, block in blocks:
             yield f"{self.backbone_name}.layers.{index}.{block.names.mixer}", block.token_mixer
 
 

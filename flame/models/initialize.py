@@ -45,7 +45,7 @@ def units(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:
             yield f"{prefix}.{name}", module
     for name, block in model.blocks.named_children():
         yield f"{prefix}.layers.{name}", block
-    if not model.config.tie_word_embeddings:
+    if model.lm_head is not None and not model.config.tie_word_embeddings:
         yield "lm_head", model.lm_head
     if model.decoder._parameters:
         yield prefix, OwnParameters(model.decoder)

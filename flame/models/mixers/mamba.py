@@ -195,15 +195,7 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
     return next(part.weight.dtype for part in module.modules() if isinstance(part, nn.Linear))
 
 
-class WideStreamBackbone(Backbone):
-    """Backbone whose residual stream may be wider than its weights; the output is in the head's dtype."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden, carried = super().forward(*args, **kwargs)
-        return hidden.to(self.embeddings.weight.dtype), carried
-
-
-class StateSpaceBackbone(WideStreamBackbone):
+class StateSpaceBackbone(Backbone):
     """A padding token trains like any other here."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -17,7 +17,7 @@ from flame.models.block import Block
 from flame.models.config import AttentionLayers, ModelConfig
 from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
-from flame.models.mixers.mamba import WideStreamBackbone, init_step_bias, weight_dtype
+from flame.models.mixers.mamba import init_step_bias, weight_dtype
 from flame.models.mixers.transformer import Attention, TransformerConfig
 from flame.models.modules import GatedMLP, Linear, RMSNorm, ShortConvolution
 from flame.models.registry import Names, System, register
@@ -259,7 +259,6 @@ register(
         RodimusConfig,
         Rodimus,
         RodimusBlock,
-        WideStreamBackbone,
-        Names(mixer="mixer", mixer_norm="mixer_norm"),
+        names=Names(mixer="mixer", mixer_norm="mixer_norm"),
     )
 )
