@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from flame.config import JobConfig, model_values
+from flame.graphed import GraphedStep
 from flame.models.config import ModelConfig
 from flame.models.context import token_positions
 from flame.models.registry import resolve_config
@@ -56,7 +57,8 @@ def ours(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Module]:
     model = build_sharded_model(config, job, mesh, device)
     guard = FiniteGuard(job.training.nan_policy, device)
     step = TrainStep(model, build_optimizer(job, model), guard, mesh.data_group, StepOptions(job.training.max_norm))
-    return lambda batch: step([batch], 1).loss, model
+    run = GraphedStep(step, device) if job.compile.cuda_graph else step
+    return lambda batch: run([batch], 1).loss, model
 
 
 def reference(job: JobConfig, config: ModelConfig, compiled: bool) -> tuple[Step, nn.Module]:

@@ -33,7 +33,7 @@ from flame.models.decoder import build_model
 
 STARTED = "FLAME_BENCHMARK_STARTED"  # wall-clock time at which the parent began a child
 LONGEST = 4096  # of packed documents
-STEADY = 3  # first steps compile, tune and settle the allocator
+STEADY = 4  # first steps compile, tune and settle the allocator
 
 
 @dataclass

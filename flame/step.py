@@ -81,7 +81,7 @@ class FiniteGuard:
         self._consecutive = torch.zeros((), dtype=torch.int64, device=device)
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def allow(self, loss: Tensor, grad_norm: Tensor, step: int) -> Tensor:
+    def allow(self, loss: Tensor, grad_norm: Tensor, step: int | Tensor) -> Tensor:
         """0-d bool on the device: whether the update of `step` may be applied."""
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self._first_bad = torch.where(~finite & (self._first_bad < 0), step, self._first_bad)
@@ -151,12 +151,12 @@ class TrainStep:
         self.group = group
         self.options = options
 
-    def __call__(self, batches: Sequence[MicroBatch], step: int) -> StepResult:
+    def __call__(self, batches: Sequence[MicroBatch], step: int | Tensor) -> StepResult:
         """Forward, backward and update.
 
         Args:
             batches: this rank's micro-batches, on its device.
-            step: number of this step, for messages.
+            step: number of this step, for messages; a 0-d tensor on the device when it is being recorded.
         """
         tokens = self.count_tokens(batches)
         loss = torch.zeros((), dtype=torch.float32, device=tokens.device)

@@ -17,6 +17,7 @@ from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, 
 from flame.data.build import global_batch_size
 from flame.errors import CheckpointError
 from flame.evaluation.generate import Sampling, generate_text
+from flame.graphed import GraphedStep
 from flame.metrics import MetricsLogger, Profiler, Throughput, source_figures
 from flame.models.config import ModelConfig
 from flame.models.hf import DTYPES, export_model
@@ -64,7 +65,8 @@ class Trainer:
         self.optimizer = build_optimizer(job, self.model)
         self.guard = FiniteGuard(job.training.nan_policy, world.device, job.training.max_skipped_steps)
         options = StepOptions(job.training.max_norm, job.parallelism.reduce_each_microbatch)
-        self.step = TrainStep(self.model, self.optimizer, self.guard, self.mesh.loss_group, options)
+        step = TrainStep(self.model, self.optimizer, self.guard, self.mesh.loss_group, options)
+        self.step = GraphedStep(step, world.device) if job.compile.cuda_graph else step
         self.validator = self.build_validator()
 
         self.progress = Progress()

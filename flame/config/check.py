@@ -198,6 +198,12 @@ def _other_problems(job: JobConfig) -> Iterator[Problem]:
     if option != "op" and not (option.isdecimal() and int(option) > 0):
         key = "activation_checkpoint.selective_ac_option"
         yield key, f"{key} = {option!r} is not accepted; it takes 'op' or a number of blocks, at least 1."
+    if job.compile.cuda_graph and job.training.varlen:
+        yield (
+            "compile.cuda_graph",
+            "compile.cuda_graph needs rows of one shape and training.varlen packs documents of any number into them; "
+            "set one of the two to false.",
+        )
     validation = job.validation
     if validation.enable and not validation.mixture() and validation.holdout == 0:
         yield "validation.holdout", "validation needs data: give validation.dataset, or a validation.holdout above 0."

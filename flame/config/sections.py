@@ -212,6 +212,10 @@ class Compile:
     backend: str = "inductor"
     """Compiler backend of torch.compile."""
 
+    cuda_graph: bool = False
+    """Replay whole training steps from a CUDA graph, so that the host costs nothing: for small models and batches. Needs a
+    GPU and rows of one shape (training.varlen = false); the graph keeps the memory of a step for itself."""
+
 
 @dataclass
 class Metrics:

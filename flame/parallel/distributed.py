@@ -107,10 +107,9 @@ def initialize(options: Comm) -> World:
 def record_flight(collectives: int) -> None:
     """Have NCCL remember its last collectives and write them down when one times out; 0 leaves it off.
 
-    NCCL's process group reads these when it is made. Older releases of torch know the second name.
+    NCCL's process group reads these when it is made.
     """
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        os.environ.setdefault(name, str(collectives))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(collectives))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1" if collectives else "0")
 
 

@@ -54,6 +54,7 @@ def test_every_plain_key_round_trips_away_from_its_default(tmp_path):
         "steps",
         "beta1",
         "create_seed_checkpoint",
+        "cuda_graph",
     }
     for section in dataclasses.fields(job):
         table = getattr(job, section.name)
