@@ -60,11 +60,7 @@ def history(model_type, graphed, steps=8, accumulation=2):
     for number in range(1, steps + 1):
         generator = torch.Generator().manual_seed(number)
         rows = [torch.randint(97, (2, 129), generator=generator).cuda() for _ in range(accumulation)]
-        norm = (
-            model.decoder.norm.weight.to_local()
-            if hasattr(model.decoder, "norm")
-            else model.decoder.norm_f.weight.to_local()
-        )
+        norm = getattr(model.decoder, model.decoder.names.final_norm).weight.detach().to_local()
         if number == 5:
             norm[0] = float("nan")
         result = run([Rows(each[:, :-1], each[:, 1:].contiguous()) for each in rows], number)
