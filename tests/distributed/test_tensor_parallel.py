@@ -76,8 +76,40 @@ def run(model, mesh):
     return losses, gradients, logits
 
 
-JOBS = {name: {**config(name), "vocab_size": WORDS} for name in sorted(systems())}
-ONE = sorted(JOBS)
+def job(model_type, **options):
+    return {**config(model_type), "vocab_size": WORDS, **options}
+
+
+JOBS = {name: job(name) for name in sorted(systems())}
+JOBS["rodimus"]["ska_attn"] = {"num_heads": 2}
+VARIANTS = {  # parts of layers that not every configuration has, and heads that ranks share
+    "one_kv_head": job("transformer", num_heads=4, num_kv_heads=1, qkv_bias=True, qk_norm=True, window_size=7),
+    "tied_and_padded": job("transformer", tie_word_embeddings=True, pad_token_id=3),
+    "attention_residuals": job("gla", attnres_block_size=2),
+    "gla_shared_kv": job("gla", num_heads=4, num_kv_heads=1, use_short_conv=True, use_output_gate=False),
+    "linear_attn_normed": job("linear_attn", norm_feature_map=True, norm_q=True, norm_k=True, num_kv_heads=1),
+    "retnet_shared_kv": job("retnet", num_heads=4, num_kv_heads=2, use_output_gate=False),
+    "gsa_t2r": job("gsa", feature_map="t2r", num_kv_heads=1, use_short_conv=True),
+    "abc_convolved": job("abc", use_short_conv=True),
+    "fox_normed": job("forgetting_transformer", qk_norm=True, use_output_gate=True, num_heads=4, num_kv_heads=1),
+    "hgrn_convolved": job("hgrn", use_short_conv=True, expand_ratio=2),
+    "hgrn2_convolved": job("hgrn2", use_short_conv=True),
+    "lightnet_convolved": job("lightnet", use_short_conv=True),
+    "mamba_biased": job("mamba", use_bias=True),
+    "mamba2_groups": job("mamba2", n_groups=2, D_has_hdim=True, use_bias=True, conv_init=0.1),
+    "mamba2_plain": job("mamba2", rmsnorm=False, norm_before_gate=True),
+    "gdn_value_heads": job("gated_deltanet", num_heads=1, num_v_heads=2),
+    "comba_value_heads": job("comba", num_heads=1, num_v_heads=4, use_output_gate=False),
+    "deltaproduct_two_steps": job("gated_deltaproduct", num_householder=2, use_forget_gate=True),
+    "kda_bounded": job("kda", num_v_heads=4, lower_bound=-5.0),
+    "mesa_gated": job("mesa_net", use_output_gate=True),
+    "mla_direct": job("mla", q_lora_rank=None),
+    "mom_single": job("mom", single_kv_proj=True, shared_mem=False, use_output_gate=False),
+    "rwkv6_hybrid": job("rwkv6", attn={"layers": [1], "num_heads": 2}, num_hidden_layers=3),
+    "three_systems": job("gla", num_hidden_layers=3, layer_types=["gla", "rwkv7", "transformer"],
+                         layer_options={"rwkv7": {"head_dim": 16}, "transformer": {"num_heads": 2}}),
+}  # fmt: skip
+ALL = {**JOBS, **VARIANTS}
 
 
 def assert_same(found, expected):
@@ -94,15 +126,41 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def one_rank():
-    return run_ranks(losses_and_gradients, 1, {n: JOBS[n] for n in ONE}, Degrees(), 1)[0]
+    return run_ranks(losses_and_gradients, 1, ALL, Degrees(), 1)[0]
 
 
 @pytest.fixture(scope="module")
 def split_in_two():
-    return run_ranks(losses_and_gradients, 2, {n: JOBS[n] for n in ONE}, Degrees(tp=2), 2)
+    return run_ranks(losses_and_gradients, 2, ALL, Degrees(tp=2), 2)
 
 
-@pytest.mark.parametrize("name", ONE)
-def test_equals_one_process(name, split_in_two, one_rank):
+@pytest.mark.parametrize("name", ALL)
+def test_two_ranks_equal_one_process(name, split_in_two, one_rank):
     for found in split_in_two:
+        assert_same(found[name], one_rank[name])
+
+
+@pytest.fixture(scope="module")
+def sharded_and_split():
+    return run_ranks(losses_and_gradients, 4, ALL, Degrees(dp_shard=2, tp=2), 4)
+
+
+FEW = ["gla", "mamba2", "tied_and_padded"]
+
+
+@pytest.fixture(scope="module")
+def few_sharded_and_split():
+    return run_ranks(losses_and_gradients, 4, {name: ALL[name] for name in FEW}, Degrees(dp_shard=2, tp=2), 4)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_with_sharded_parameters_equals_one_process(name, few_sharded_and_split, one_rank):
+    for found in few_sharded_and_split:
+        assert_same(found[name], one_rank[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*ALL} - {*FEW}))
+def test_every_system_with_sharded_parameters_equals_one_process(name, sharded_and_split, one_rank):
+    for found in sharded_and_split:
         assert_same(found[name], one_rank[name])
