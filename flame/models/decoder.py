@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from flame.errors import FlameError
-from flame.kernels.cross_entropy import linear_cross_entropy
+from flame.kernels.cross_entropy import (
+    Terms,
+    VocabularyShard,
+    linear_cross_entropy,
+    vocabulary_parallel_cross_entropy,
+)
 from flame.models.block import AttentionResidualBlock, Block, SourceScore, mix_sources
 from flame.models.config import ModelConfig
 from flame.models.context import Cache, Context, make_context
 from flame.models.modules import Embedding, Linear, RMSNorm
 from flame.models.registry import block_owner, get_system, layer_system, resolve_config
+from flame.models.sharding import Plan, TensorParallel, rows
 
 L2_WARP = 1e-4  # pull on every token's largest logit when `use_l2warp` is set (RWKV's regulariser)
 
@@ -104,6 +110,7 @@ class CausalLM(nn.Module):
         self.backbone_name = system.names.backbone
         self.add_module(self.backbone_name, (system.backbone or Backbone)(config))
         self.lm_head = self.decoder.build_head()
+        self.ranks: TensorParallel | None = None
         self.tie_weights()
 
     @property
@@ -118,7 +125,7 @@ class CausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make the head share the embedding if the config says so. Needed again after `to_empty`, which unties."""
         if self.config.tie_word_embeddings and self.lm_head is not None:  # pipeline stages lack it, but the last
-            self.lm_head.weight = self.decoder.embeddings.weight
+            self.lm_head.weight = self.decoder.embeddings._parameters["weight"]  # stored, not as read
 
     def new_cache(self) -> Cache:
         """An empty decode cache for this model."""
@@ -150,25 +157,39 @@ class CausalLM(nn.Module):
             )
         hidden, carried = self.decoder(input_ids, cu_seqlens, cache, max_seqlen)
         if labels is None:
-            return CausalLMOutput(logits=self.logits(hidden), cache=cache)
+            return CausalLMOutput(logits=self.logits(hidden)[:, : input_ids.shape[1]], cache=cache)
         return CausalLMOutput(loss_sum=self.loss_sum(hidden, labels, carried), cache=cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, T, V] of hidden states [B, T, D]; a stream may be wider than the weights (Mamba's `residual_in_fp32`)."""
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+        hidden, ranks = hidden.to(self.lm_head.weight.dtype), self.ranks
+        return self.lm_head(hidden) if ranks is None else ranks.join(self.lm_head(ranks.gather(hidden)))
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, carried: dict[str, Tensor]) -> Tensor:
         """fp32 scalar, summed over valid tokens, of hidden states [B, T, D] and what the last block carried."""
-        hidden = hidden.to(self.lm_head.weight.dtype)
-        loss_sum = linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.lm_head.weight,
-            labels.flatten(),
-            l2_warp=L2_WARP if self.config.use_l2warp else 0.0,
-        )
+        hidden, ranks = hidden.to(self.lm_head.weight.dtype), self.ranks
+        if ranks is not None:
+            hidden = ranks.gather(hidden, labels.shape[1])
+        loss_sum = self.token_loss(hidden.flatten(0, 1), labels.flatten())
         if "router_loss" in carried:  # a mean over tokens, already weighted; made a sum like the rest
-            loss_sum = loss_sum + carried["router_loss"] * (labels != -100).sum()
+            router_loss = carried["router_loss"] if ranks is None else ranks.once(carried["router_loss"])
+            loss_sum = loss_sum + router_loss * (labels != -100).sum()
         return loss_sum
+
+    def token_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy summed over tokens, of hidden [N, D] and labels [N]; ranks hold parts of the head."""
+        l2_warp, weight, ranks = L2_WARP if self.config.use_l2warp else 0.0, self.lm_head.weight, self.ranks
+        if ranks is None:
+            return linear_cross_entropy(hidden, weight, labels, l2_warp=l2_warp)
+        first = ranks.rank * len(weight)
+        shard = VocabularyShard(ranks.group, first, self.config.vocab_size, reduce_hidden=False)  # the gather does
+        return vocabulary_parallel_cross_entropy(hidden, weight, labels, shard, terms=Terms(l2_warp=l2_warp))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        return Plan(rows(self, ranks, "lm_head"))
+
+    def split(self, ranks: TensorParallel, plan: Plan | None) -> None:
+        self.ranks = ranks
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay leaves alone: all vectors, and what the mixers name."""
@@ -183,9 +204,16 @@ class CausalLM(nn.Module):
         Two operations a weight of every matrix product forward and four backward, plus the same ratio for the mixers'
         own arithmetic. The embedding look-up counts nothing; recomputation is not counted.
         """
-        matrices = {id(m.weight): m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)}
+        matrices = {id(weight): weight.numel() for weight in self.linear_weights()}
         mixing = sum(module.flops(seq_len) for _, module in self._parts())
         return 3.0 * (2.0 * sum(matrices.values()) + mixing)
+
+    def linear_weights(self) -> Iterator[Tensor]:
+        """Weights of all matrix products, as they are stored."""
+        for module in self.modules():
+            weight = module._parameters["weight"] if isinstance(module, nn.Linear) else None
+            if weight is not None:
+                yield weight
 
     def _parts(self) -> Iterator[tuple[str, Any]]:
         """(name, mixer) of every layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.mixers.base import Mixer
 from flame.models.modules import GatedRMSNorm, Linear, RMSNorm, ShortConvolution
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 STEP_RANGE = (1e-3, 1e-1)  # initial step sizes of the decay gate
 STEP_FLOOR = 1e-4
@@ -107,6 +109,17 @@ class DeltaMixer(Mixer):
         else:
             self.o_norm = RMSNorm(c.value_head_dim, c.norm_eps)
         self.o_proj = Linear(c.value_dim, c.hidden_size, std=c.initializer_range)
+
+    def plan_by_heads(self, ranks: int, key_heads: Sequence[str] = (), value_heads: Sequence[str] = ()) -> Plan:
+        """Value heads dealt to ranks, with the query and key heads that they read; the names are a subclass's own."""
+        c = self.config
+        local = {
+            "num_heads": shared_per_rank(c.num_heads, ranks, "num_heads"),
+            "value_heads": whole_per_rank(c.value_heads, ranks, "the number of value heads"),
+        }
+        keys = rows(self, c.num_heads, "q_proj", "k_proj", "q_conv1d", "k_conv1d", *key_heads)
+        values = rows(self, c.value_heads, "v_proj", "v_conv1d", "g_proj", *value_heads)
+        return Plan({**keys, **values, **columns(self, "o_proj")}, local)
 
     def project(self, name: str, x: Tensor, ctx: Context) -> Tensor:
         """[B, T, D] -> [B, T, channels of `name`]."""

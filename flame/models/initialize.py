@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from flame.errors import FlameError
 from flame.models.decoder import CausalLM
@@ -106,5 +106,16 @@ def check_written(name: str, unit: nn.Module) -> None:
 
 
 def local_slice(full: Tensor, like: DTensor) -> Tensor:
-    """This rank's part of a full tensor that every rank holds, placed like `like`; no communication."""
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    """This rank's part of a full tensor that every rank holds, placed like `like`; no communication.
+
+    Inner mesh axes cut first: tensor-parallel ranks take their parts, which data-parallel ranks divide further.
+    """
+    mesh, part = like.device_mesh, full
+    for axis in reversed(range(mesh.ndim)):
+        placement = like.placements[axis]
+        if placement.is_replicate():
+            continue
+        pieces = part.split(-(-part.shape[placement.dim] // mesh.size(axis)) or 1, placement.dim)
+        rank = mesh.get_local_rank(axis)
+        part = pieces[rank] if rank < len(pieces) else part.narrow(placement.dim, 0, 0)
+    return part

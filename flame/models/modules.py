@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.normalization import gated_rms_norm, group_norm, layer_norm, rms_norm
@@ -10,6 +11,7 @@ from flame.kernels.short_convolution import short_convolution
 from flame.kernels.swiglu import swiglu
 from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.sharding import Plan, TensorParallel, columns, rows, whole_per_rank
 
 
 class Linear(nn.Linear):
@@ -30,18 +32,42 @@ class Embedding(nn.Embedding):
 
     def __init__(self, vocab_size: int, hidden_size: int, padding_idx: int | None = None, std: float = 0.02) -> None:
         self.std = std
+        self.ranks: TensorParallel | None = None
         super().__init__(vocab_size, hidden_size, padding_idx=padding_idx)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        whole_per_rank(self.num_embeddings, ranks, "model.vocab_size")
+        return Plan(rows(self, ranks, "weight"))
+
+    def split(self, ranks: TensorParallel, plan: Plan | None) -> None:
+        self.ranks = ranks
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]; of one's own tokens when tensor parallel, where each rank holds a part of the words."""
+        if self.ranks is None:
+            return super().forward(input)
+        weight = self.weight  # [V / ranks, D]
+        first, own = self.ranks.rank * len(weight), range(len(weight))
+        padding = None if self.padding_idx is None else self.padding_idx - first
+        index = input - first
+        here = (index >= 0) & (index < len(weight))
+        found = F.embedding(index.clamp(0, len(weight) - 1), weight, padding if padding in own else None)
+        return self.ranks.scatter(found.masked_fill(~here[..., None], 0.0))
+
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
+
+    With `spanned` set, x holds one rank's equal part of the channels, and the mean runs over those of all ranks.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
         super().__init__()
         self.eps = eps
+        self.spanned: TensorParallel | None = None
         self.weight = nn.Parameter(torch.empty(dim)) if affine else None
         self.reset_parameters()
 
@@ -50,6 +76,8 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spanned is not None:
+            return spanning_rms_norm(x, None, self, self.spanned)
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +113,7 @@ class GroupNorm(nn.Module):
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
-        self.groups, self.eps = groups, eps
+        self.groups, self.channels, self.eps = groups, channels, eps
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -96,18 +124,38 @@ class GroupNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        groups = self.groups * x.shape[-1] // self.channels  # a tensor-parallel rank has some of them
+        return group_norm(x, groups, self.weight, self.bias, self.eps)
 
 
 class GatedRMSNorm(RMSNorm):
-    """norm(x) * activation(gate): the output gate of most linear-attention layers."""
+    """norm(x) * activation(gate), the output gate of most linear-attention layers; `gate_first`: norm(x * activation(gate))."""
 
-    def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True, activation: str = "silu") -> None:
+    def __init__(
+        self, dim: int, eps: float = 1e-6, affine: bool = True, activation: str = "silu", gate_first: bool = False
+    ) -> None:
         super().__init__(dim, eps, affine)
-        self.activation = activation
+        self.activation, self.gate_first = activation, gate_first
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return gated_rms_norm(x, gate, self.weight, self.eps, activation=self.activation)
+    def forward(self, x: Tensor, gate: Tensor, groups: int = 1) -> Tensor:  # type: ignore[override]
+        """x, gate: [..., C]; every one of `groups` runs of channels has its own mean."""
+        if self.spanned is not None:
+            return spanning_rms_norm(x, gate, self, self.spanned)
+        return gated_rms_norm(x, gate, self.weight, self.eps, self.activation, self.gate_first, groups)
+
+
+def spanning_rms_norm(x: Tensor, gate: Tensor | None, norm: RMSNorm, ranks: TensorParallel) -> Tensor:
+    """`norm` of channels split over ranks, x [..., C / ranks]: the ranks exchange one number a token."""
+    y, activated = x.float(), None
+    if gate is not None and isinstance(norm, GatedRMSNorm):
+        activated = torch.sigmoid(gate.float()) if norm.activation == "sigmoid" else F.silu(gate.float())
+        if norm.gate_first:
+            y, activated = y * activated, None
+    mean = ranks.sum(y.square().sum(-1, keepdim=True)) / (x.shape[-1] * ranks.size)
+    y = y * torch.rsqrt(mean + norm.eps)
+    if norm.weight is not None:
+        y = y * norm.weight.float()
+    return (y if activated is None else y * activated).to(x.dtype)
 
 
 class ShortConvolution(nn.Module):
@@ -150,14 +198,25 @@ class GatedMLP(nn.Module):
         super().__init__()
         width = config.mlp_size if width is None else width
         self.activation = config.hidden_act
+        self.ranks: TensorParallel | None = None
         self.gate_proj = Linear(config.hidden_size, width, std=config.initializer_range)
         self.up_proj = Linear(config.hidden_size, width, std=config.initializer_range)
         self.down_proj = Linear(width, config.hidden_size, std=config.initializer_range)
 
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        whole_per_rank(self.down_proj.in_features, ranks, "the width of the MLP (model.intermediate_size)")
+        return Plan({**rows(self, ranks, "gate_proj", "up_proj"), **columns(self, "down_proj")})
+
+    def split(self, ranks: TensorParallel, plan: Plan | None) -> None:
+        self.ranks = ranks
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.ranks is not None:
+            x = self.ranks.gather(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         hidden = powlu(gate) * up if self.activation == "powlu" else swiglu(gate, up)
-        return self.down_proj(hidden)
+        out = self.down_proj(hidden)
+        return out if self.ranks is None else self.ranks.scatter(out)
 
 
 def powlu(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from flame.errors import FlameError
 
@@ -22,10 +22,11 @@ def sharding_groups(gradient: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         return ()
     groups = []
     for dim, placement in enumerate(gradient.placements):
-        if isinstance(placement, Shard):
-            groups.append(gradient.device_mesh.get_group(dim))
-        elif not isinstance(placement, Replicate):
+        if placement.is_replicate():
+            continue
+        if placement.is_partial():
             raise FlameError(f"a gradient has placement {placement}, whose norm is undefined before it is reduced.")
+        groups.append(gradient.device_mesh.get_group(dim))
     return tuple(groups)
 
 

@@ -13,8 +13,9 @@ from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.compile import compile_blocks
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp, parse_dtype
 from flame.parallel.mesh import CONFIG_KEYS, Degrees, Mesh
+from flame.parallel.tensor import apply_tensor_parallel
 
-NOT_YET = ("pp", "cp", "tp")  # axes that the mesh has and training cannot use yet
+NOT_YET = ("pp", "cp")  # axes that the mesh has and training cannot use yet
 
 
 def degrees_of(job: JobConfig) -> Degrees:
@@ -59,7 +60,13 @@ def build_sharded_model(config: ModelConfig, job: JobConfig, mesh: Mesh, device:
 
 
 def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.device) -> None:
-    """Checkpointing inside compiled regions, compiled regions inside FSDP units: in this order, in place."""
+    """Checkpointing inside compiled regions, compiled regions inside FSDP units: in this order, in place.
+
+    Raises:
+        ConfigError: the model cannot be split as the job asks.
+    """
+    if mesh.degrees.tp > 1:
+        apply_tensor_parallel(model, mesh.axis("tp"))
     blocks = list(model.blocks)
     section = job.activation_checkpoint
     apply_activation_checkpointing(blocks, section.mode, section.selective_ac_option)

@@ -15,6 +15,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.gsa import Slots, slot_attention, take_misspelled_expansions
 from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -114,6 +115,12 @@ class ABCAttention(Mixer):
         remember(ctx, "normalizer", normalizer)
         o = slot_attention(Slots(q, k, v, weight, log_decay, scale=q.shape[-1] ** -0.5), ctx)
         return self.o_proj(merge_heads(self.g_norm(o, split_heads(self.g_proj(x), c.num_heads))))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        names = ("q_proj", "k_proj", "v_proj", "g_proj", "s_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+        return Plan({**rows(self, c.num_heads, *names), **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Write and read of both memories: 4 operations an entry."""

@@ -13,6 +13,7 @@ from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -74,6 +75,11 @@ class BasedLinearAttention(Mixer):
     def mapped(self, x: Tensor) -> Tensor:
         """Queries or keys `[B, T, H, d]` as the score sees them."""
         return x
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        return Plan({**rows(self, c.num_heads, "q_proj", "k_proj", "v_proj"), **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state and of its running denominator: 4 operations an entry."""

@@ -17,6 +17,7 @@ from flame.models.delta import DeltaHeadsConfig, DeltaMixer, init_decay, log_dec
 from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.modules import Linear
 from flame.models.registry import System, register
+from flame.models.sharding import Plan
 
 
 @dataclass(kw_only=True)
@@ -77,6 +78,9 @@ class Comba(DeltaMixer):
         )
         remember(ctx, "state", state)
         return self.output(o, x)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        return self.plan_by_heads(ranks, key_heads=("decay", "D"), value_heads=("a_proj", "b_proj", "A_log", "dt_bias"))
 
     def flops(self, seq_len: int) -> float:
         return self.config.state_flops(steps=1, decay=True)

@@ -15,6 +15,7 @@ from flame.models.delta import DeltaMixer, write_strength
 from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.modules import Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -100,6 +101,12 @@ class DeltaNet(DeltaMixer):
             y = F.elu(y) + 1
         y = split_heads(y, c.num_heads)
         return F.normalize(y, p=1, dim=-1, eps=1e-6) if c.qk_norm == "sum" else y
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        names = ("q_proj", "k_proj", "v_proj", "b_proj", "g_proj", "q_conv1d", "k_conv1d", "v_conv1d")
+        return Plan({**rows(self, c.num_heads, *names), **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Erase, write and read of the state: 6 operations for each of its H * K * V entries."""

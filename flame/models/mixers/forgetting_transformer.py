@@ -19,6 +19,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear, RMSNorm
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 QK_NORM_EPS = 1e-5
 
@@ -104,6 +105,16 @@ class ForgettingAttention(Mixer):
         whole = new if past is None else torch.cat([past, new], 1)
         remember(ctx, name, whole)
         return whole
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads = rows(self, c.num_heads, "q_proj", "f_proj", "g_proj", "q_norm")
+        grouped = rows(self, c.kv_heads, "k_proj", "v_proj", "k_norm")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Scores and weighted values: 4 operations for every visible key and channel."""

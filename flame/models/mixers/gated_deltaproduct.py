@@ -17,6 +17,7 @@ from flame.models.delta import DeltaHeadsConfig, DeltaMixer, init_decay, log_dec
 from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.modules import Linear
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, packed, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -76,6 +77,15 @@ class GatedDeltaProduct(DeltaMixer):
     def steps(self, x: Tensor) -> Tensor:
         """[B, T, n * C] -> [B, T * n, C]: the steps of a token lie side by side in the channels."""
         return x.unflatten(-1, (self.config.num_householder, -1)).flatten(1, 2)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        steps, heads = c.num_householder, c.num_heads
+        parameters = rows(self, heads, "q_proj", "q_conv1d", "a_proj", "g_proj", "A_log", "dt_bias")
+        for name, width in {"k": c.key_dim, "v": c.value_dim, "b": heads}.items():
+            parameters |= packed(self, [(width, heads)] * steps, f"{name}_proj", f"{name}_conv1d")
+        return Plan({**parameters, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         return self.config.state_flops(steps=self.config.num_householder, decay=self.config.use_forget_gate)

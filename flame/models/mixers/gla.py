@@ -14,6 +14,7 @@ from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GatedRMSNorm, Linear, RMSNorm, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 GATE_RANK = 16
 GATE_NORMALIZER = 16.0
@@ -142,6 +143,16 @@ class GatedLinearAttention(Mixer):
         """[B, T, key channels] log decay, <= 0, fp32."""
         decay = F.logsigmoid(self.gk_proj(x).float()) / GATE_NORMALIZER
         return decay if self.config.clamp_min is None else decay.clamp_min(self.config.clamp_min)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads = rows(self, c.num_heads, "q_proj", "g_proj", "q_conv1d")
+        grouped = rows(self, c.kv_heads, "k_proj", "v_proj", "gk_proj.1", "k_conv1d", "v_conv1d")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Decay, update and read of the state: 5 operations for each of its H * K * V entries."""

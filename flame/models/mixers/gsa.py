@@ -16,6 +16,7 @@ from flame.models.feature_maps import T2R, activation
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear, RMSNorm, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -163,6 +164,16 @@ class GatedSlotAttention(Mixer):
 
     def gate_normalizer(self) -> float:
         return self.config.gate_logit_normalizer or 1.0
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads = rows(self, c.num_heads, "q_proj", "q_conv1d", "g_norm")
+        grouped = rows(self, c.kv_heads, "k_proj", "v_proj", "f_proj", "k_conv1d", "v_conv1d")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local, spanning=("g_norm",))
 
     def flops(self, seq_len: int) -> float:
         """Write and read of both memories (4 operations an entry), and the feature map beyond one head."""

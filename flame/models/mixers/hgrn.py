@@ -16,6 +16,7 @@ from flame.models.decoder import Backbone
 from flame.models.mixers.base import Mixer, cached, remember
 from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 BOUNDS = "lower_bounds"
 
@@ -66,13 +67,16 @@ class LowerBoundBackbone(Backbone):
         return {BOUNDS: shares.cumsum(0) - shares[0]}
 
 
-def log_forget_gate(logits: Tensor, ctx: Context, layer_idx: int) -> Tensor:
-    """`log(b + (1 - b) sigmoid(f))` for f `[B, T, E]` and this layer's floor b, in fp32; plain log-sigmoid without one."""
+def log_forget_gate(mixer: Mixer, logits: Tensor, ctx: Context) -> Tensor:
+    """`log(b + (1 - b) sigmoid(f))` for f `[B, T, E]` and the floor b of the mixer's layer, in fp32.
+
+    Without a floor it is the plain log-sigmoid.
+    """
     log_gate = F.logsigmoid(logits.float())
     bounds = ctx.carried.get(BOUNDS)
-    if bounds is None or layer_idx == 0:  # layer 0 has floor 0, whose logarithm has no gradient
+    if bounds is None or mixer.layer_idx == 0:  # layer 0 has floor 0, whose logarithm has no gradient
         return log_gate
-    bound = bounds[layer_idx]
+    bound = mixer.own_part(bounds[mixer.layer_idx])
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + log_gate)
 
 
@@ -98,7 +102,7 @@ class HGRN(Mixer):
         i, f = self.i_proj(x), self.f_proj(x)
         if self.config.use_short_conv:
             i, f = self.i_conv1d(i, ctx, "conv_i"), self.f_conv1d(f, ctx, "conv_f")
-        log_decay = log_forget_gate(f, ctx, self.layer_idx)
+        log_decay = log_forget_gate(self, f, ctx)
         u = (F.silu(i.float()) * -torch.expm1(log_decay)).to(x.dtype)
         h, state = elementwise_scan(
             u,
@@ -109,6 +113,11 @@ class HGRN(Mixer):
         )
         remember(ctx, "state", state)
         return self.o_proj(self.g_norm(h, self.g_proj(x)))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        whole_per_rank(self.config.forget_dim, ranks, "the number of channels")
+        channels = rows(self, ranks, "i_proj", "f_proj", "g_proj", "i_conv1d", "f_conv1d", "g_norm")
+        return Plan({**channels, **columns(self, "o_proj")}, spanning=("g_norm",))
 
     def flops(self, seq_len: int) -> float:
         """A multiply and an add a channel."""

@@ -16,6 +16,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.hgrn import LowerBoundBackbone, log_forget_gate
 from flame.models.modules import Linear, RMSNorm, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -83,7 +84,7 @@ class HGRN2(Mixer):
         q, f, i = self.q_proj(x), self.f_proj(x), self.i_proj(x)
         if c.use_short_conv:
             q, f, i = self.q_conv1d(q, ctx, "conv_q"), self.f_conv1d(f, ctx, "conv_f"), self.i_conv1d(i, ctx, "conv_i")
-        log_decay = log_forget_gate(f, ctx, self.layer_idx)
+        log_decay = log_forget_gate(self, f, ctx)
         o, state = linear_attention(
             split_heads(F.silu(q), c.heads),
             split_heads((-torch.expm1(log_decay)).to(x.dtype), c.heads),
@@ -95,6 +96,11 @@ class HGRN2(Mixer):
         )
         remember(ctx, "state", state)
         return self.o_proj(self.g_norm(merge_heads(o)))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        local = {"heads": whole_per_rank(self.config.heads, ranks, "the number of heads")}
+        names = ("q_proj", "f_proj", "i_proj", "q_conv1d", "f_conv1d", "i_conv1d", "g_norm")
+        return Plan({**rows(self, self.config.heads, *names), **columns(self, "o_proj")}, local, spanning=("g_norm",))
 
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state: 4 operations an entry."""

@@ -14,6 +14,7 @@ from flame.models.delta import DeltaHeadsConfig, DeltaMixer, init_decay, log_dec
 from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.modules import GatedRMSNorm, Linear
 from flame.models.registry import System, register
+from flame.models.sharding import Plan
 
 
 @dataclass(kw_only=True)
@@ -87,6 +88,11 @@ class KimiDeltaAttention(DeltaMixer):
         if c.lower_bound is None:
             return log_decay(raw, A_log, bias)
         return c.lower_bound * torch.sigmoid(A_log.float().exp() * (raw.float() + bias.float()))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        plan = self.plan_by_heads(ranks, value_heads=("f_proj.1", "b_proj", "A_log", "dt_bias", "g_proj.1"))
+        del plan.parameters["g_proj.0.weight"]  # the low-rank half of the gate is the same for all heads
+        return plan
 
     def flops(self, seq_len: int) -> float:
         return self.config.state_flops(steps=1, decay=True)

@@ -15,6 +15,7 @@ from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -94,6 +95,11 @@ class LightNetAttention(Mixer):
         )
         remember(ctx, "state", state)
         return self.o_proj(self.g_norm(merge_heads(o), self.g_proj(x)))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        local = {"heads": whole_per_rank(self.config.heads, ranks, "the number of heads")}
+        names = ("q_proj", "k_proj", "v_proj", "q_conv1d", "k_conv1d", "v_conv1d", "g_proj.1", "g_norm")
+        return Plan({**rows(self, self.config.heads, *names), **columns(self, "o_proj")}, local, spanning=("g_norm",))
 
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state: 4 operations an entry."""

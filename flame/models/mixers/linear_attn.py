@@ -16,6 +16,7 @@ from flame.models.feature_maps import feature_map
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear, RMSNorm
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -99,6 +100,15 @@ class LinearAttention(Mixer):
         if c.norm_feature_map:
             o = (o / (scale * weight_sum(q, k, ctx) + 1e-10)).to(v.dtype)
         return self.o_proj(merge_heads(self.norm(o)))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        grouped = rows(self, c.kv_heads, "k_proj", "v_proj")
+        return Plan({**rows(self, c.num_heads, "q_proj"), **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state (4 operations an entry), and the maps' own matrices beyond one head."""

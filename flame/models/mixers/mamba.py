@@ -18,6 +18,7 @@ from flame.models.decoder import Backbone
 from flame.models.mixers.base import Mixer, cached, remember
 from flame.models.modules import Linear, RMSNorm, ShortConvolution
 from flame.models.registry import Names, System, register
+from flame.models.sharding import Plan, columns, packed, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -125,7 +126,7 @@ class Mamba(Mixer):
         c = self.config
         hidden, gate = self.in_proj(x).chunk(2, -1)
         hidden = self.conv1d(hidden, ctx, "conv")
-        step, b, read = self.x_proj(hidden).split([c.step_rank, c.state_size, c.state_size], -1)
+        step, b, read = self.sum_over_ranks(self.x_proj(hidden)).split([c.step_rank, c.state_size, c.state_size], -1)
         # The bias of dt_proj is added inside the scan, in fp32.
         inputs = ScanInputs(
             x=hidden,
@@ -149,6 +150,13 @@ class Mamba(Mixer):
         y, final = selective_scan(**vars(inputs), output_final_state=ctx.cache is not None)
         remember(ctx, "state", final)
         return y
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        inner = self.config.inner_size
+        whole_per_rank(inner, ranks, "the number of channels (expand * hidden_size)")
+        channels = rows(self, ranks, "conv1d", "dt_proj", "A_log", "D")
+        both = packed(self, [(inner, ranks), (inner, ranks)], "in_proj")
+        return Plan({**channels, **both, **columns(self, "x_proj", "out_proj")})
 
     def flops(self, seq_len: int) -> float:
         """Decay, input, update and read of every state (about 6 operations), and the convolution."""

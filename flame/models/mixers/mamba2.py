@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.linear_attention import linear_attention
-from flame.kernels.normalization import gated_rms_norm
 from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
@@ -23,8 +22,9 @@ from flame.models.mixers.mamba import (
     init_step_bias,
     rescaled_output_,
 )
-from flame.models.modules import Linear, RMSNorm, ShortConvolution
+from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, packed, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -102,7 +102,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(c.heads))
         self.D = nn.Parameter(torch.empty(inner if c.D_has_hdim else c.heads))
         if c.rmsnorm:
-            self.norm = RMSNorm(inner, c.norm_eps)
+            self.norm = GatedRMSNorm(inner, c.norm_eps, gate_first=not c.norm_before_gate)
         self.out_proj = Linear(inner, dim, bias=c.use_bias, std=std)
         self.reset_parameters()
 
@@ -144,9 +144,24 @@ class Mamba2(Mixer):
         c = self.config
         if not c.rmsnorm:
             return y * F.silu(gate)
-        return gated_rms_norm(
-            y, gate, self.norm.weight, c.norm_eps, gate_first=not c.norm_before_gate, groups=c.n_groups
-        )
+        return self.norm(y, gate, c.n_groups)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        groups = 1 if c.n_groups == 1 else whole_per_rank(c.n_groups, ranks, "n_groups")
+        heads, inner = whole_per_rank(c.heads, ranks, "the number of heads"), c.inner_size // ranks
+        local = {
+            "heads": heads,
+            "inner_size": inner,
+            "n_groups": groups,
+            "conv_size": inner + 2 * groups * c.state_size,
+        }
+        channels, states = (c.inner_size, c.heads), (c.n_groups * c.state_size, c.n_groups)
+        parameters = packed(self, [channels, channels, states, states, (c.heads, c.heads)], "in_proj")
+        parameters |= packed(self, [channels, states, states], "conv1d")
+        parameters |= rows(self, c.heads, "dt_bias", "A_log", "D", "norm")
+        spanning = ("norm",) if c.rmsnorm and c.n_groups == 1 else ()
+        return Plan({**parameters, **columns(self, "out_proj")}, local, spanning)
 
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state (4 operations an entry), and the convolution."""

@@ -18,6 +18,7 @@ from flame.models.delta import DeltaMixer
 from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.modules import Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,12 @@ class MesaNet(DeltaMixer):
             remember(ctx, "key_state", states[0])
             remember(ctx, "value_state", states[1])
         return self.output(o, x)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        names = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "q_conv1d", "k_conv1d", "lambda_params")
+        return Plan({**rows(self, c.num_heads, *names), **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Decay and write of both states, one product with H a solver step, one read of G."""

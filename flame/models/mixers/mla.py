@@ -20,6 +20,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear, RMSNorm
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 LATENT_NORM_EPS = 1e-5
 
@@ -99,6 +100,12 @@ class MultiheadLatentAttention(Mixer):
         remember(ctx, "latent", latent[:, drop:])
         remember(ctx, "k_rope", k_rope[:, drop:])
         return latent, k_rope
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        heads = rows(self, c.num_heads, "q_proj.2" if c.q_lora_rank is not None else "q_proj", "kv_proj.2")
+        return Plan({**heads, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Scores over dn + dr channels and values over dv, for every visible key and head."""

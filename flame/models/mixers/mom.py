@@ -19,6 +19,7 @@ from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.mixers.rwkv6 import XavierLinear
 from flame.models.modules import GatedRMSNorm, RMSNorm, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -176,6 +177,12 @@ class MixtureOfMemories(DeltaMixer):
         )
         remember(ctx, f"{prefix}state", state)
         return o
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        names = [*(f"{n}_proj" for n in "qkvbag"), *(f"shared_{n}" for n in "kvba"), *(f"{n}_conv1d" for n in "qkv")]
+        return Plan({**rows(self, c.num_heads, *names, "A_log", "dt_bias"), **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Recurrences of the chosen memories and the shared one, less the projections of memories not chosen, which the

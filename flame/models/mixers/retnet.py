@@ -16,6 +16,7 @@ from flame.models.feature_maps import HUGGING_FACE_ACTIVATIONS, activation
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GatedRMSNorm, Linear, RMSNorm
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -69,7 +70,7 @@ class MultiScaleRetention(Mixer):
     def __init__(self, config: RetNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
         c = self.config
-        groups, std = c.num_heads // c.kv_heads, c.initializer_range
+        groups, std, self.all_heads = c.num_heads // c.kv_heads, c.initializer_range, c.num_heads
         self.q_proj = Linear(c.hidden_size, c.key_dim, std=std)
         self.k_proj = Linear(c.hidden_size, c.key_dim // groups, std=std)
         self.v_proj = Linear(c.hidden_size, c.value_dim // groups, std=std)
@@ -92,7 +93,7 @@ class MultiScaleRetention(Mixer):
             rotary(q, ctx.positions),
             rotary(k, ctx.positions),
             v,
-            head_decay=log_retention(c.num_heads, x.device),
+            head_decay=self.own_part(log_retention(self.all_heads, x.device)),
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
@@ -101,6 +102,15 @@ class MultiScaleRetention(Mixer):
         norm = getattr(self, self.norm_name)
         o = norm(o, split_heads(self.g_proj(x), c.num_heads)) if c.use_output_gate else norm(o)
         return self.o_proj(merge_heads(o))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads, grouped = rows(self, c.num_heads, "q_proj", "g_proj"), rows(self, c.kv_heads, "k_proj", "v_proj")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state: 4 operations an entry."""

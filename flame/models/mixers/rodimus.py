@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.linear_attention import linear_attention
-from flame.kernels.normalization import gated_rms_norm, l2_norm
+from flame.kernels.normalization import l2_norm
 from flame.kernels.rotary import rotary
 from flame.kernels.softmax_attention import softmax_attention
 from flame.models.block import Block
@@ -19,8 +19,9 @@ from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.mixers.mamba import init_step_bias, weight_dtype
 from flame.models.mixers.transformer import Attention, TransformerConfig
-from flame.models.modules import GatedMLP, Linear, RMSNorm, ShortConvolution
+from flame.models.modules import GatedMLP, GatedRMSNorm, Linear, RMSNorm, ShortConvolution
 from flame.models.registry import Names, System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 GAIN = 2**-2.5
 
@@ -124,7 +125,7 @@ class Rodimus(Mixer):
         dim, inner, keys, std = c.hidden_size, c.inner_size, c.expand_ratio, c.initializer_range
         self.gate_proj = Linear(dim, inner, std=std)
         self.up_proj = Linear(dim, inner, std=std)
-        self.activation_norm = RMSNorm(inner, c.norm_eps)
+        self.activation_norm = GatedRMSNorm(inner, c.norm_eps, gate_first=True)
         self.down_proj = Linear(inner, dim, std=std)
         self.short_conv = ShortConvolution(inner, c.conv_size, bias=True, std=std)
         self.residual_weight = nn.Parameter(torch.empty(inner))
@@ -147,10 +148,13 @@ class Rodimus(Mixer):
         u = self.up_proj(x)
         y = self.short_conv(u, ctx, "conv")
         log_decay, amount = self.key_gates(y)
-        k = l2_norm(self.k_proj(y).float(), 1e-12 if c.k_norm_eps is None else c.k_norm_eps) * amount
-        v = torch.sigmoid(self.i_gate_proj(u)) * u
+        k = (
+            l2_norm(self.sum_over_ranks(self.k_proj(y)).float(), 1e-12 if c.k_norm_eps is None else c.k_norm_eps)
+            * amount
+        )
+        v = torch.sigmoid(self.i_gate_proj[1](self.sum_over_ranks(self.i_gate_proj[0](u)))) * u
         o, state = linear_attention(
-            self.q_proj(y)[:, :, None],
+            self.sum_over_ranks(self.q_proj(y))[:, :, None],
             k.to(v.dtype)[:, :, None],
             v[:, :, None],
             key_decay=log_decay[:, :, None],
@@ -161,17 +165,25 @@ class Rodimus(Mixer):
         remember(ctx, "state", state)
         mixed = (o[:, :, 0] + y.float() * self.residual_weight.float()).to(x.dtype)
         gate = self.gate_proj(x)
-        normed = gated_rms_norm(mixed, gate, self.activation_norm.weight, c.norm_eps, gate_first=True)
-        return self.down_proj(normed)
+        return self.down_proj(self.activation_norm(mixed, gate))
 
     def key_gates(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay `-g tau` and input gate `g^tau`, `[B, T, K]` fp32, with g = softplus and tau = sigmoid of y's maps."""
-        logit = F.linear(y, self.g_gate_proj.weight).float() + self.g_gate_proj.bias.float()
-        tau = torch.sigmoid(F.linear(y, self.tau_gate_proj.weight).float() + self.tau_gate_proj.bias.float())
+        logit = self.sum_over_ranks(F.linear(y, self.g_gate_proj.weight)).float() + self.g_gate_proj.bias.float()
+        share = self.sum_over_ranks(F.linear(y, self.tau_gate_proj.weight)).float()
+        tau = torch.sigmoid(share + self.tau_gate_proj.bias.float())
         g = F.softplus(logit)
         # log(softplus(z)) is z once exp(z) is tiny; the logarithm of an underflowed g would have no gradient.
         log_g = torch.where(logit < -15, logit, F.softplus(logit.clamp(min=-15)).log())
         return -g * tau, torch.exp(tau * log_g)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        whole_per_rank(self.config.inner_size, ranks, "the number of channels")
+        names = ("gate_proj", "up_proj", "activation_norm", "short_conv", "residual_weight", "i_gate_proj.1")
+        read = columns(
+            self, "k_proj", "q_proj", "g_gate_proj.weight", "tau_gate_proj.weight", "i_gate_proj.0", "down_proj"
+        )
+        return Plan({**rows(self, ranks, *names), **read}, spanning=("activation_norm",))
 
     def flops(self, seq_len: int) -> float:
         """Write and read of the state (4 operations an entry), the convolution, and the window attention beside it."""
@@ -190,6 +202,10 @@ class SharedKeyAttention(Attention):
         super().__init__(config, layer_idx, **options)
         c = self.config
         self.v_proj = Linear(c.hidden_size, c.hidden_size, bias=c.qkv_bias, std=c.initializer_range)
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        plan = super().tensor_parallel_plan(ranks)
+        return replace(plan, parameters={**plan.parameters, **rows(self, self.config.num_heads, "v_proj")})
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config

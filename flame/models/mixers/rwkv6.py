@@ -23,6 +23,7 @@ from flame.models.feature_maps import ACTIVATIONS
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GroupNorm, LayerNorm, Linear
 from flame.models.registry import Names, System, register
+from flame.models.sharding import Plan, TensorParallel, columns, rows, whole_per_rank
 
 GAIN = 2**-2.5
 STREAMS = 5  # receptance, decay, key, value, gate: the order of x_proj and x_bias
@@ -188,6 +189,12 @@ class RWKV6Attention(Mixer):
         weight = self.x_proj[2].weight.unflatten(1, (STREAMS, -1))  # [D, 5, rank]
         return tuple(x + shift * (F.linear(z[:, :, j], weight[:, j]) + self.x_bias[j]) for j in range(STREAMS))
 
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {"num_heads": whole_per_rank(c.num_heads, ranks, "num_heads")}
+        names = ("r_proj", "k_proj", "v_proj", "g_proj", "w_proj.linear.lora.2", "bonus", "g_norm")
+        return Plan({**rows(self, c.num_heads, *names), **columns(self, "o_proj")}, local)
+
     def flops(self, seq_len: int) -> float:
         """Write and read of every head's state: 4 operations an entry."""
         c = self.config
@@ -204,17 +211,31 @@ class ChannelMix(nn.Module):
         super().__init__()
         dim, width, std = config.hidden_size, config.mlp_size, config.initializer_range
         self.activation = config.hidden_act
+        self.ranks: TensorParallel | None = None
         self.key = ShiftedLinear(dim, Linear(dim, width, std=std))
         self.value = Linear(width, dim, std=std)
         self.receptance = ShiftedLinear(dim, Linear(dim, dim, std=std))
 
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        whole_per_rank(self.value.in_features, ranks, "the width of the channel mix (model.intermediate_size)")
+        return Plan({**rows(self, ranks, "key.linear"), **columns(self, "value")})
+
+    def split(self, ranks: TensorParallel, plan: Plan | None) -> None:
+        self.ranks = ranks
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        own, ranks = x, self.ranks
+        if ranks is not None:
+            assert ctx.positions is not None
+            x = ranks.gather(x, len(ctx.positions))
         shift, last = token_shift(
             x, state=cached(ctx, "ffn_shift"), output_final_state=ctx.cache is not None, cu_seqlens=ctx.cu_seqlens
         )
         remember(ctx, "ffn_shift", last)
-        hidden = ACTIVATIONS[self.activation](self.key(x, shift))
-        return torch.sigmoid(self.receptance(x, shift)) * self.value(hidden)
+        out = self.value(ACTIVATIONS[self.activation](self.key(x, shift)))
+        if ranks is not None:  # the gate needs a rank's own tokens only
+            out, shift = ranks.scatter(out), ranks.own_tokens(shift)
+        return torch.sigmoid(self.receptance(own, shift)) * out
 
 
 class RWKV6Block(Block):

@@ -24,6 +24,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.rwkv6 import LayerNormBackbone, RWKV6Block
 from flame.models.modules import Embedding, GroupNorm, LayerNorm, Linear
 from flame.models.registry import Names, System, register
+from flame.models.sharding import Plan, TensorParallel, columns, rows, whole_per_rank
 
 DECAY_RATE = -0.6065306597126334  # -exp(-1/2): the strongest log decay
 STREAMS = ("r", "w", "k", "v", "a", "g")
@@ -211,6 +212,13 @@ class RWKV7Attention(Mixer):
         scaled = split_heads(k * self.k_k, self.config.heads)
         return l2_norm(scaled) if self.config.fuse_norm else F.normalize(scaled, dim=-1)
 
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        heads = self.config.heads
+        local = {"heads": whole_per_rank(heads, ranks, "the number of heads")}
+        maps = [f"{stream}_lora.lora.2" for stream in ("w", "v", "a", "g")]
+        names = ("k_k", "k_a", "r_k", "r_proj", "k_proj", "v_proj", "g_norm", *maps)
+        return Plan({**rows(self, heads, *names), **columns(self, "o_proj")}, local)
+
     def flops(self, seq_len: int) -> float:
         """Decay, erase (read and write), write and read of the state: 9 operations an entry."""
         c = self.config
@@ -226,6 +234,7 @@ class RWKV7ChannelMix(nn.Module):
     def __init__(self, config: RWKV7Config, layer_idx: int) -> None:
         super().__init__()
         self.activation = config.hidden_act
+        self.ranks: TensorParallel | None = None
         self.power = (1 - layer_idx / config.num_hidden_layers) ** 4
         self.x_k = nn.Parameter(torch.empty(config.hidden_size))
         self.key = Linear(config.hidden_size, config.mlp_size)
@@ -239,12 +248,23 @@ class RWKV7ChannelMix(nn.Module):
         nn.init.orthogonal_(self.key.weight)
         nn.init.zeros_(self.value.weight)
 
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        whole_per_rank(self.value.in_features, ranks, "the width of the channel mix (model.intermediate_size)")
+        return Plan({**rows(self, ranks, "key"), **columns(self, "value")})
+
+    def split(self, ranks: TensorParallel, plan: Plan | None) -> None:
+        self.ranks = ranks
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.ranks is not None:
+            assert ctx.positions is not None
+            x = self.ranks.gather(x, len(ctx.positions))
         shift, last = token_shift(
             x, state=cached(ctx, "ffn_shift"), output_final_state=ctx.cache is not None, cu_seqlens=ctx.cu_seqlens
         )
         remember(ctx, "ffn_shift", last)
-        return self.value(ACTIVATIONS[self.activation](self.key(x + shift * self.x_k)))
+        out = self.value(ACTIVATIONS[self.activation](self.key(x + shift * self.x_k)))
+        return out if self.ranks is None else self.ranks.scatter(out)
 
 
 class RWKV7Block(RWKV6Block):

@@ -18,6 +18,7 @@ from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear, RMSNorm
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -100,6 +101,15 @@ class Attention(Mixer):
         remember(ctx, "k", k[:, k.shape[1] - keep :])
         remember(ctx, "v", v[:, v.shape[1] - keep :])
         return k, v
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        grouped = rows(self, c.kv_heads, "k_proj", "v_proj")
+        return Plan({**rows(self, c.num_heads, "q_proj"), **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Scores and weighted values: 4 operations for every visible key and channel."""

@@ -1,0 +1,297 @@
+"""How a model is split over tensor-parallel ranks: plans, this rank's view of weights, and the four exchanges.
+
+Megatron's scheme (Shoeybi et al., 1909.08053) with sequence parallelism (Korthikanti et al., 2205.05198): between layers a
+rank holds its own tokens of the residual stream; a layer gathers all tokens, works on its own heads or channels, and its
+output is summed over ranks while tokens are dealt out again.
+
+One rule makes every gradient right. Between gather and scatter, the gradient that a rank has of anything all ranks hold
+alike (activations and weights) is its own share, and shares add up to the whole: over activations when the gather runs
+backwards, over weights because their gradients are declared partial sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from flame.errors import ConfigError
+
+DEGREE = "parallelism.tensor_parallel_degree"
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """This rank among those that share every layer."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+    def gather(self, x: Tensor, length: int | None = None) -> Tensor:
+        """Own tokens [B, ceil(T / ranks), D] -> all tokens [B, T, D]; a last rank's padding is cut off if T is given."""
+        whole = _Gather.apply(x.transpose(0, 1).contiguous(), self.group).transpose(0, 1)
+        return whole if length is None else whole[:, :length]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Each rank's addend [B, T, D] -> own tokens of the sum [B, ceil(T / ranks), D]."""
+        return _Scatter.apply(self._padded(x).transpose(0, 1).contiguous(), self.group).transpose(0, 1)
+
+    def own_tokens(self, x: Tensor) -> Tensor:
+        """Own tokens [B, ceil(T / ranks), D] of what all ranks hold alike [B, T, D]."""
+        return self._padded(x).chunk(self.size, 1)[self.rank]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every rank's addend, on all ranks."""
+        return _Sum.apply(x, self.group)
+
+    def part(self, x: Tensor, dim: int = 0) -> Tensor:
+        """This rank's equal part along `dim` of what all ranks hold alike."""
+        return x.chunk(self.size, dim)[self.rank]
+
+    def join(self, x: Tensor) -> Tensor:
+        """Every rank's [..., C / ranks] side by side, [..., C]."""
+        return _Gather.apply(x.movedim(-1, 0).contiguous(), self.group).movedim(0, -1)
+
+    def once(self, x: Tensor) -> Tensor:
+        """`x`, which all ranks computed alike, where it joins the loss: every rank passes back its share of the gradient."""
+        return x / self.size + (x - x / self.size).detach()
+
+    def _padded(self, x: Tensor) -> Tensor:
+        missing = -x.shape[1] % self.size
+        return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks below one another; backwards, the sum over ranks of the gradients of one's own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(collectives.all_gather_tensor(x, 0, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total = collectives.reduce_scatter_tensor(grads[0].contiguous(), "sum", 0, ctx.group)
+        return collectives.wait_tensor(total), None
+
+
+class _Scatter(torch.autograd.Function):
+    """One's own rows of the sum over ranks; backwards, every rank gets the gradients of all rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(collectives.reduce_scatter_tensor(x, "sum", 0, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return collectives.wait_tensor(collectives.all_gather_tensor(grads[0].contiguous(), 0, ctx.group)), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; backwards too, since each rank uses the sum in a part of the layer only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+
+
+class _Deal(torch.autograd.Function):
+    """Rows that a rank works on, sent by the ranks that store them; see `Rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, stored: Tensor, deal: Rows, group: dist.ProcessGroup) -> Tensor:
+        ctx.deal, ctx.group, ctx.shape = deal, group, stored.shape
+        outgoing = torch.cat([stored[start:stop] for start, stop in deal.sent])
+        result = collectives.all_to_all_single(outgoing, list(deal.receives), list(deal.sends), group)
+        return collectives.wait_tensor(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        deal: Rows = ctx.deal
+        back = collectives.all_to_all_single(grads[0].contiguous(), list(deal.sends), list(deal.receives), ctx.group)
+        stored = grads[0].new_zeros(ctx.shape)
+        heights = [stop - start for start, stop in deal.sent]
+        for (start, stop), piece in zip(deal.sent, collectives.wait_tensor(back).split(heights)):
+            stored[start:stop] += piece
+        return stored, None, None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a weight (dimension 0) dealt by units: heads, groups, or as many units as ranks for plain channels.
+
+    `parts`: (rows, units) of every part, in order, for weights in which several lie below one another. A rank takes
+    units / ranks neighbouring units of each part. With fewer units than ranks, neighbouring ranks take the same one.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+
+    def wanted(self, ranks: int, rank: int) -> list[tuple[int, int]]:
+        """[start, stop) of the rows that `rank` works on, ascending."""
+        ranges, base = [], 0
+        for rows, units in self.parts:
+            height = rows // units
+            first, count = rank * units // ranks, max(1, units // ranks)
+            ranges.append((base + first * height, base + (first + count) * height))
+            base += rows
+        return ranges
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self.parts)
+
+    def is_contiguous(self, ranks: int) -> bool:
+        """Whether every rank's rows are one equal chunk, as `Shard(0)` stores them."""
+        return len(self.parts) == 1 and self.parts[0][1] % ranks == 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns (dimension 1) of an output projection, in equal chunks: its results are addends."""
+
+
+@dataclass(frozen=True)
+class Addend:
+    """Bias of an output projection: every rank adds an equal share of it."""
+
+
+Use = Split | Columns | Addend
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is split.
+
+    Attributes:
+        parameters: by name relative to the layer; parameters that are not named are the same on all ranks.
+        config: values that the layer's config shall have on a rank, such as its number of heads.
+        spanning: norms, by name, that run over the channels of all ranks.
+    """
+
+    parameters: dict[str, Use] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    spanning: tuple[str, ...] = ()
+
+
+def whole_per_rank(units: int, ranks: int, what: str) -> int:
+    """units / ranks.
+
+    Raises:
+        ConfigError: it is not whole.
+    """
+    if units % ranks:
+        fitting = [str(degree) for degree in range(1, ranks) if units % degree == 0]
+        raise ConfigError(
+            f"{DEGREE} = {ranks} does not divide {what} = {units}. "
+            f"Use a degree that does ({', '.join(fitting)}), or change the model."
+        )
+    return units // ranks
+
+
+def shared_per_rank(units: int, ranks: int, what: str) -> int:
+    """units / ranks, or 1 where several ranks share a unit (grouped key/value heads).
+
+    Raises:
+        ConfigError: neither divides the other.
+    """
+    if units < ranks and ranks % units == 0:
+        return 1
+    return whole_per_rank(units, ranks, what)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An all-to-all in which each rank sends stored rows to the ranks that work on them.
+
+    sent: [start, stop) of the stored rows, one after another for rank 0, 1, ...; sends, receives: rows to and from each.
+    """
+
+    sent: tuple[tuple[int, int], ...]
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+
+
+def deal_rows(split: Split, ranks: int, rank: int) -> Rows:
+    """The exchange that turns equal chunks of all rows into the rows that `split` gives to each rank."""
+    chunk = split.rows // ranks
+    wanted = [split.wanted(ranks, other) for other in range(ranks)]
+
+    def common(receiver: int, sender: int) -> list[tuple[int, int]]:
+        low, high = sender * chunk, (sender + 1) * chunk
+        cut = [(max(start, low) - low, min(stop, high) - low) for start, stop in wanted[receiver]]
+        return [(start, stop) for start, stop in cut if start < stop]
+
+    def count(ranges: list[tuple[int, int]]) -> int:
+        return sum(stop - start for start, stop in ranges)
+
+    sent = tuple(piece for receiver in range(ranks) for piece in common(receiver, rank))
+    sends = tuple(count(common(receiver, rank)) for receiver in range(ranks))
+    receives = tuple(count(common(rank, sender)) for sender in range(ranks))
+    return Rows(sent, sends, receives)
+
+
+class Reader:
+    """Turns a stored parameter (a DTensor over the ranks) into the plain tensor that this rank computes with."""
+
+    def __init__(self, use: Use | None, ranks: TensorParallel) -> None:
+        self.ranks, self.divided = ranks, isinstance(use, Addend)
+        self.placement: Placement = Replicate()
+        self.rows: Rows | None = None
+        self.ranges: list[tuple[int, int]] | None = None
+        if isinstance(use, Columns):
+            self.placement = Shard(1)
+        elif isinstance(use, Split) and use.rows % ranks.size == 0:
+            self.placement = Shard(0)
+            self.rows = None if use.is_contiguous(ranks.size) else deal_rows(use, ranks.size, ranks.rank)
+        elif isinstance(use, Split):
+            self.ranges = use.wanted(ranks.size, ranks.rank)
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        """Outside a forward, where the parameter is sharded over data-parallel ranks too, it stays as it is."""
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
+            return parameter
+        if isinstance(self.placement, Shard):
+            stored = parameter.to_local()
+            return stored if self.rows is None else _Deal.apply(stored, self.rows, self.ranks.group)
+        # Without the declaration, each rank would keep its own share of the gradient and none would notice.
+        whole = parameter.to_local(grad_placements=[Partial()])
+        if self.ranges is not None:
+            return torch.cat([whole[start:stop] for start, stop in self.ranges])
+        return whole / self.ranks.size if self.divided else whole
+
+
+def rows(layer: nn.Module, units: int, *names: str) -> dict[str, Use]:
+    """Plan entries: the named modules or parameters of `layer` (those it has) consist of `units` equal units of rows."""
+    return {
+        name: Split(((parameter.shape[0], units),)) for name, parameter in parameters_under(layer, names) if units > 0
+    }
+
+
+def packed(layer: nn.Module, parts: Sequence[tuple[int, int]], *names: str) -> dict[str, Use]:
+    """Plan entries for parameters with several `parts`, (rows, units) each, below one another."""
+    return {name: Split(tuple(parts)) for name, _ in parameters_under(layer, names)}
+
+
+def columns(layer: nn.Module, *names: str) -> dict[str, Use]:
+    """Plan entries of output projections, whose results are added up over ranks."""
+    found = parameters_under(layer, names)
+    return {name: Addend() if name.endswith("bias") else Columns() for name, _ in found}
+
+
+def parameters_under(layer: nn.Module, names: Sequence[str]) -> list[tuple[str, Tensor]]:
+    own = layer.named_parameters(remove_duplicate=False)
+    return [(key, tensor) for key, tensor in own if any(key == name or key.startswith(name + ".") for name in names)]

@@ -1,0 +1,166 @@
+"""A model split over tensor-parallel ranks computes what one process computes: loss and every gradient."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_every_system import config
+from tiny import packed_row
+
+from flame.models.decoder import build_model
+from flame.models.initialize import initialize_weights
+from flame.models.registry import systems
+from flame.parallel.fsdp import ShardingOptions, apply_fsdp
+from flame.parallel.mesh import Degrees, build_mesh
+from flame.parallel.tensor import apply_tensor_parallel
+
+pytestmark = pytest.mark.distributed
+WORDS = 68  # a multiple of two ranks
+
+
+def built(values, degrees, world_size):
+    """A sharded model with initial weights, and its mesh."""
+    with torch.device("meta"):
+        model = build_model(values)
+    mesh = build_mesh(degrees, "cpu", world_size)
+    if degrees.tp > 1:
+        apply_tensor_parallel(model, mesh.axis("tp"))
+    apply_fsdp(model, list(model.blocks), mesh.fsdp, ShardingOptions(param_dtype=torch.float32))
+    model.to_empty(device="cpu")
+    initialize_weights(model, seed=1)
+    return model, mesh
+
+
+@torch.no_grad()
+def stir(model):
+    """Weights away from the zeros and ones at which many start, which would hide gradients."""
+    for name, parameter in sorted(model.named_parameters()):
+        generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
+        noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+        from flame.models.initialize import local_slice
+
+        parameter.to_local().add_(local_slice(noise, parameter))
+
+
+def losses_and_gradients(rank, jobs, degrees, world_size):
+    """By name: ([losses], gradients by parameter), or an error."""
+    torch.manual_seed(0)
+    found = {}
+    for name, values in jobs.items():
+        try:
+            model, mesh = built(values, degrees, world_size)
+            stir(model)
+            found[name] = run(model, mesh)
+        except Exception as error:
+            import traceback
+
+            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
+    return found
+
+
+def run(model, mesh):
+    """Two rows without documents and a packed one (an odd number of tokens), accumulated."""
+    row = packed_row(3)
+    pair = [packed_row(1), packed_row(2)]
+    batches = [
+        (torch.cat([p.input_ids for p in pair]), torch.cat([p.labels for p in pair]), None),
+        (row.input_ids[:, :-1], row.labels[:, :-1], row.cu_seqlens.clamp(max=row.input_ids.shape[1] - 1)),
+    ]
+    losses = []
+    for ids, labels, cu_seqlens in batches:
+        loss = model(ids, labels=labels, cu_seqlens=cu_seqlens).loss_sum / mesh.data_size
+        loss.backward()
+        losses.append(loss.item() * mesh.data_size)
+    gradients = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        logits = model(batches[0][0]).logits
+    return losses, gradients, logits
+
+
+def job(model_type, **options):
+    return {**config(model_type), "vocab_size": WORDS, **options}
+
+
+JOBS = {name: job(name) for name in sorted(systems())}
+JOBS["rodimus"]["ska_attn"] = {"num_heads": 2}
+VARIANTS = {  # parts of layers that not every configuration has, and heads that ranks share
+    "one_kv_head": job("transformer", num_heads=4, num_kv_heads=1, qkv_bias=True, qk_norm=True, window_size=7),
+    "tied_and_padded": job("transformer", tie_word_embeddings=True, pad_token_id=3),
+    "attention_residuals": job("gla", attnres_block_size=2),
+    "gla_shared_kv": job("gla", num_heads=4, num_kv_heads=1, use_short_conv=True, use_output_gate=False),
+    "linear_attn_normed": job("linear_attn", norm_feature_map=True, norm_q=True, norm_k=True, num_kv_heads=1),
+    "retnet_shared_kv": job("retnet", num_heads=4, num_kv_heads=2, use_output_gate=False),
+    "gsa_t2r": job("gsa", feature_map="t2r", num_kv_heads=1, use_short_conv=True),
+    "abc_convolved": job("abc", use_short_conv=True),
+    "fox_normed": job("forgetting_transformer", qk_norm=True, use_output_gate=True, num_heads=4, num_kv_heads=1),
+    "hgrn_convolved": job("hgrn", use_short_conv=True, expand_ratio=2),
+    "hgrn2_convolved": job("hgrn2", use_short_conv=True),
+    "lightnet_convolved": job("lightnet", use_short_conv=True),
+    "mamba_biased": job("mamba", use_bias=True),
+    "mamba2_groups": job("mamba2", n_groups=2, D_has_hdim=True, use_bias=True, conv_init=0.1),
+    "mamba2_plain": job("mamba2", rmsnorm=False, norm_before_gate=True),
+    "gdn_value_heads": job("gated_deltanet", num_heads=1, num_v_heads=2),
+    "comba_value_heads": job("comba", num_heads=1, num_v_heads=4, use_output_gate=False),
+    "deltaproduct_two_steps": job("gated_deltaproduct", num_householder=2, use_forget_gate=True),
+    "kda_bounded": job("kda", num_v_heads=4, lower_bound=-5.0),
+    "mesa_gated": job("mesa_net", use_output_gate=True),
+    "mla_direct": job("mla", q_lora_rank=None),
+    "mom_single": job("mom", single_kv_proj=True, shared_mem=False, use_output_gate=False),
+    "rwkv6_hybrid": job("rwkv6", attn={"layers": [1], "num_heads": 2}, num_hidden_layers=3),
+    "three_systems": job("gla", num_hidden_layers=3, layer_types=["gla", "rwkv7", "transformer"],
+                         layer_options={"rwkv7": {"head_dim": 16}, "transformer": {"num_heads": 2}}),
+}  # fmt: skip
+ALL = {**JOBS, **VARIANTS}
+
+
+def assert_same(found, expected):
+    assert not isinstance(expected, str), expected
+    assert not isinstance(found, str), found
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-4)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = gradient.abs().max().clamp(min=1e-3)
+        error = (found[1][name] - gradient).abs().max() / scale
+        assert error < 1e-4, f"{name}: {error:.2e} of its largest entry {scale:.2e}"
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return run_ranks(losses_and_gradients, 1, ALL, Degrees(), 1)[0]
+
+
+@pytest.fixture(scope="module")
+def split_in_two():
+    return run_ranks(losses_and_gradients, 2, ALL, Degrees(tp=2), 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_ranks_equal_one_process(name, split_in_two, one_rank):
+    for found in split_in_two:
+        assert_same(found[name], one_rank[name])
+
+
+@pytest.fixture(scope="module")
+def sharded_and_split():
+    return run_ranks(losses_and_gradients, 4, ALL, Degrees(dp_shard=2, tp=2), 4)
+
+
+FEW = ["gla", "mamba2", "tied_and_padded"]
+
+
+@pytest.fixture(scope="module")
+def few_sharded_and_split():
+    return run_ranks(losses_and_gradients, 4, {name: ALL[name] for name in FEW}, Degrees(dp_shard=2, tp=2), 4)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_with_sharded_parameters_equals_one_process(name, few_sharded_and_split, one_rank):
+    for found in few_sharded_and_split:
+        assert_same(found[name], one_rank[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*ALL} - {*FEW}))
+def test_every_system_with_sharded_parameters_equals_one_process(name, sharded_and_split, one_rank):
+    for found in sharded_and_split:
+        assert_same(found[name], one_rank[name])
