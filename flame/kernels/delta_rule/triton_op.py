@@ -78,6 +78,10 @@ class Call:
         """Of a product of operands in the input's dtype; only matters for fp32."""
         return "ieee" if self.q.dtype == torch.float32 else "tf32"
 
+    def exact(self) -> str:
+        """Of a product of fp32 operands that must stay near fp32: three tf32 products on tensor cores."""
+        return "ieee" if self.q.device.type == "cpu" else "tf32x3"
+
     def tile(self, name: str, default: dict[str, int]) -> dict[str, int]:
         key = tiles.key(name, K=self.K, V=self.V, dtype=self.q.dtype)
         return dict(tiles.choose(OP, key, default, self.q.device))
@@ -135,8 +139,7 @@ def run_prepare(c: Call) -> tuple[Tensor, Tensor, Tensor]:
     prepare[(M * H,)](
         c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, inverse, scores, c.scale,
         **c.strides("q", "k", "a"), **sizes, **c.kind(), HAS_BETA=c.beta is not None, NORMALIZE=c.normalize,
-        NORM_EPS=NORM_EPS, DOT=c.precision(), PRECISION="tf32x3" if c.q.is_cuda else "ieee",
-        **c.tile("prepare", {"num_warps": 4, "num_stages": 1}),
+        NORM_EPS=NORM_EPS, DOT=c.precision(), **c.tile("prepare", {"EXACT": 1, "num_warps": 8, "num_stages": 1}),
     )  # fmt: skip
     return vectors, inverse, scores
 
@@ -190,7 +193,7 @@ def run_merge(c: Call, maps: Tensor, changes: Tensor, initial: Tensor | None, re
     tile = c.tile("merge", {"BV": 32, "num_warps": 4, "num_stages": 1})
     merge_segments[(triton.cdiv(c.V, tile["BV"]), c.sequences * c.H)](
         maps, changes, c.plan.first_item, initial, opening, changes.shape[-1], H=c.H, K=c.K, V=c.V, BK=padded(c.K),
-        REVERSE=reverse, HAS_INITIAL=initial is not None, PRECISION="tf32x3" if c.q.is_cuda else "ieee", **tile,
+        REVERSE=reverse, HAS_INITIAL=initial is not None, PRECISION=c.exact(), **tile,
     )  # fmt: skip
     return opening
 
