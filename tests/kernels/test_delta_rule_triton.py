@@ -11,7 +11,7 @@ import torch
 from flame.kernels.delta_rule import plan
 from tests.kernels.test_delta_rule import call, gradients, make_inputs
 
-VARIANTS = ["plain", "scalar", "comba", "erase", "grouped", "product", "no_beta"]
+VARIANTS = ["plain", "scalar", "key", "comba", "erase", "grouped", "product", "no_beta"]
 
 
 def check(variant, inputs, tolerance=2e-5, dtype=torch.float32, **options):
@@ -30,9 +30,9 @@ def test_sweeps_equal_recurrence(variant):
     check(variant, make_inputs(variant, B=1, T=70, H=1, K=16, V=16))
 
 
-@pytest.mark.parametrize("sizes", [{"K": 24, "V": 40}, {"K": 160, "V": 16}])
-def test_sizes_that_are_no_powers_of_two_are_masked(sizes):
-    check("scalar", make_inputs("scalar", B=1, T=70, H=1, **sizes))
+@pytest.mark.parametrize("variant,K,V", [("scalar", 24, 40), ("scalar", 160, 16), ("key", 24, 40)])
+def test_sizes_that_are_no_powers_of_two_are_masked(variant, K, V):
+    check(variant, make_inputs(variant, B=1, T=70, H=1, K=K, V=V))
 
 
 def test_rows_of_a_batch_and_strided_views_stay_apart():
@@ -42,17 +42,19 @@ def test_rows_of_a_batch_and_strided_views_stay_apart():
     check("scalar", inputs)
 
 
-@pytest.mark.parametrize("variant", ["plain", "scalar", "comba"])
+@pytest.mark.parametrize("variant", ["plain", "scalar", "comba", "key"])
 def test_bf16_stays_within_rounding_of_the_recurrence(variant):
     inputs = make_inputs(variant, B=1, T=70, H=1, K=32, V=16)
     check(variant, inputs, tolerance=1e-2, dtype=torch.bfloat16)
 
 
 def test_strong_decay_neither_overflows_nor_loses_gradients():
-    for variant in ("scalar", "comba"):
+    for variant, name in (("scalar", "scalar_decay"), ("comba", "scalar_decay"), ("key", "key_decay")):
         inputs = make_inputs(variant, B=1, T=70, H=1, K=16, V=16)
-        strong = torch.where(torch.arange(70) % 3 == 0, -80.0, -1e-3).double().view(1, -1, 1)
-        inputs["scalar_decay"] = strong.requires_grad_()
+        strong = torch.where(torch.arange(70) % 3 == 0, -80.0, -1e-3).double()
+        inputs[name] = (
+            inputs[name].detach() * 1e-3 + strong.view(1, -1, 1, *(1,) * (name == "key_decay"))
+        ).requires_grad_()
         check(variant, inputs, tolerance=1e-4)
 
 
@@ -64,7 +66,7 @@ def test_equal_keys_with_beta_near_two_stay_exact():
     check("plain", inputs, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["plain", "product"])
+@pytest.mark.parametrize("variant", ["plain", "product", "key"])
 def test_packed_documents_never_meet(variant):
     lengths = (5, 0, 70, 1)
     inputs = make_inputs(variant, B=1, T=sum(lengths) + 4, H=1, K=16, V=16, states=len(lengths))
@@ -72,13 +74,13 @@ def test_packed_documents_never_meet(variant):
     check(variant, inputs, cu_seqlens=bounds)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_long_sequences_cut_in_segments_equal_the_recurrence(packed, monkeypatch):
+@pytest.mark.parametrize("variant,packed", [("scalar", False), ("scalar", True), ("key", False)])
+def test_long_sequences_cut_in_segments_equal_the_recurrence(variant, packed, monkeypatch):
     monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 1)
-    inputs = make_inputs("scalar", B=1, T=290, H=1, K=16, V=16, states=3 if packed else 1)
+    inputs = make_inputs(variant, B=1, T=290, H=1, K=16, V=16, states=3 if packed else 1)
     options = {"cu_seqlens": torch.tensor([0, 0, 40, 290]).int()} if packed else {}
     assert plan.make_cut(1, 290, 3 if packed else None, 1, 132).cut
-    check("scalar", inputs, **options)
+    check(variant, inputs, **options)
 
 
 def test_operator_has_fakes_and_compiles_whole():

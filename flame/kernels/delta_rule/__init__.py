@@ -131,7 +131,7 @@ def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
     if name == "reference" or (p.q.shape[1] == 1 and p.cu_seqlens is None and backend is None):
         return recurrence(p)
     if name == "triton":
-        if not kernels_cover(p):
+        if not isinstance(p, Tied) or not kernels_cover(p):
             raise FlameError(
                 f"delta_rule: no kernel for this form, keys of {p.k.shape[-1]} channels or {p.q.dtype}; leave backend "
                 "at None or take 'chunked'."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -12,7 +12,8 @@ from flame.kernels import tiles
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import chunk_gradients
-from flame.kernels.delta_rule.triton_prepare import ROWS, prepare
+from flame.kernels.delta_rule.triton_keys import cumulate, key_gradients, prepare_keys
+from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, prepare
 from flame.kernels.delta_rule.triton_sweep import forward_sweep, merge_segments, reverse_sweep
 
 OP = "delta_rule"
@@ -66,8 +67,12 @@ class Call:
             "H": self.H, "GROUP": self.H // self.k.shape[2], "K": self.K, "V": self.V, "BK": padded(self.K), "C": CHUNK,
         }  # fmt: skip
 
-    def kind(self) -> dict[str, bool]:
-        return {"DECAY": self.decay is not None, "ERASE": self.erase is not None, "EXCLUSIVE": self.exclusive}
+    @property
+    def decay_kind(self) -> int:
+        return (NONE if self.decay is None else SCALAR if self.decay.dim() == 3 else KEY).value
+
+    def kind(self) -> dict[str, int]:
+        return {"DECAY": self.decay_kind, "ERASE": self.erase is not None, "EXCLUSIVE": self.exclusive}
 
     def strides(self, *names: str) -> dict[str, int]:
         """Token and head strides under the kernels' argument names."""
@@ -130,23 +135,61 @@ def as_rows(x: Tensor) -> Tensor:
     return x if rows and x.stride(-1) == 1 else x.contiguous()
 
 
-def run_prepare(c: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """vectors [M, H, rows, C] fp32, inverted systems and scores [M, H, C, C]."""
+@dataclass(frozen=True)
+class Prepared:
+    """What the sweeps read. call: with the rows to sweep over, which a decay per key has already multiplied.
+
+    vectors [M, H, rows, C] fp32; inverse, scores [M, H, C, C]; with a decay per key, total [B, T, H, K] and factor
+    [M, H, K], fp32.
+    """
+
+    call: Call
+    vectors: Tensor
+    inverse: Tensor
+    scores: Tensor
+    total: Tensor | None = None
+    factor: Tensor | None = None
+
+    def tables(self) -> tuple[Tensor | None, ...]:
+        return self.vectors, self.inverse, self.scores, self.factor, self.call.plan.items
+
+
+def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> Prepared:
+    """`saved`: vectors, inverse and scores of an earlier preparation of the same call."""
     M, H = c.cut.num_chunks, c.H
-    vectors = c.new(M, H, ROWS.value, CHUNK, dtype=torch.float32)
-    inverse, scores = c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK)
+    if saved is None:
+        vectors = c.new(M, H, ROWS.value, CHUNK, dtype=torch.float32)
+        square = (c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK))
+    else:
+        vectors, *square = saved
     sizes = {name: value for name, value in c.sizes().items() if name != "V"}
-    prepare[(M * H,)](
-        c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, inverse, scores, c.scale,
-        **c.strides("q", "k", "a"), **sizes, **c.kind(), HAS_BETA=c.beta is not None, NORMALIZE=c.normalize,
-        NORM_EPS=NORM_EPS, DOT=c.precision(), **c.tile("prepare", {"EXACT": 1, "num_warps": 8, "num_stages": 1}),
+    options = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS, "DOT": c.precision()}
+    if c.decay_kind == KEY.value:
+        return _prepare_keys(c, (vectors, *square), saved is None, sizes, options)
+    if saved is None:
+        prepare[(M * H,)](
+            c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, *square, c.scale, **c.strides("q", "k", "a"),
+            **sizes, **c.kind(), **options, **c.tile("prepare", {"EXACT": 0, "num_warps": 4, "num_stages": 1}),
+        )  # fmt: skip
+    return Prepared(c, vectors, *square)
+
+
+def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict) -> Prepared:
+    M, H, heads = c.cut.num_chunks, c.H, (*c.q.shape[:2], c.H, c.K)
+    total, factor = c.new(*heads, dtype=torch.float32), c.new(M, H, c.K, dtype=torch.float32)
+    tile = c.tile("cumulate", {"num_warps": 4, "num_stages": 1})
+    cumulate[(M * H,)](c.decay, c.plan.chunks, total, factor, H=H, K=c.K, BK=padded(c.K), C=CHUNK, **tile)
+    seen, read, written = (c.new(*heads) for _ in range(3))
+    name = "prepare keys" if scores else "decay keys"
+    prepare_keys[(M * H,)](
+        c.q, c.k, c.beta, total, factor, c.plan.chunks, *tables, seen, read, written, c.scale, **c.strides("q", "k"),
+        **sizes, **options, SCORES=scores, **c.tile(name, {"EXACT": 0, "num_warps": 8, "num_stages": 1}),
     )  # fmt: skip
-    return vectors, inverse, scores
+    return Prepared(replace(c, q=seen, k=written, erase=read), *tables, total=total, factor=factor)
 
 
 def run_forward(
-    c: Call,
-    prepared: tuple[Tensor, Tensor, Tensor],
+    p: Prepared,
     initial: Tensor | None,
     *,
     final: Tensor | None = None,
@@ -155,32 +198,33 @@ def run_forward(
     maps: bool = False,
 ) -> None:
     """One forward sweep: store outputs, or states before the chunks with the writes, or the items' maps into `final`."""
+    c = p.call
     name = "maps" if maps else "states" if states is not None else "forward"
     tile = c.tile(name, {"BV": default_value_tile(c.K, c.V), "num_warps": 4, "num_stages": 2})
     width = c.V + c.K if maps else c.V
     grid = (triton.cdiv(width, tile["BV"]), c.cut.num_items * c.H)
     before, writes = (None, None) if states is None else states
     forward_sweep[grid](
-        c.q, c.k, c.v, c.k if c.erase is None else c.erase, *prepared, c.plan.items, initial, final, o, before, writes,
+        c.q, c.k, c.v, c.k if c.erase is None else c.erase, *p.tables(), initial, final, o, before, writes,
         **c.strides("q", "k", "a", "v"), **c.sizes(), **c.kind(), OUTPUT=o is not None, STATES=states is not None,
         MAP=maps, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None and not maps, DOT=c.precision(), **tile,
     )  # fmt: skip
 
 
 def run_reverse(
-    c: Call,
-    prepared: tuple[Tensor, Tensor, Tensor],
+    p: Prepared,
     do: Tensor,
     closing: Tensor | None,
     opening: Tensor | None,
     store: tuple[Tensor, Tensor] | None,
 ) -> None:
     """One reverse sweep: store gradients of the states after the chunks and dU, or (store None) only each item's dB."""
+    c = p.call
     default = {"BV": default_value_tile(c.K, c.V), "num_warps": 4, "num_stages": 2}
     tile = c.tile("reverse" if store else "reverse maps", default)
     dstates, du = (None, None) if store is None else store
     reverse_sweep[(triton.cdiv(c.V, tile["BV"]), c.cut.num_items * c.H)](
-        c.q, c.k, c.k if c.erase is None else c.erase, do, *prepared, c.plan.items, closing, opening, dstates, du,
+        c.q, c.k, c.k if c.erase is None else c.erase, do, *p.tables(), closing, opening, dstates, du,
         **c.strides("q", "k", "a"), stride_ot=do.stride(1), stride_oh=do.stride(2), **c.sizes(), **c.kind(),
         STORE=store is not None, MAP=store is None, HAS_CLOSING=closing is not None,
         HAS_OPENING=opening is not None and store is not None, DOT=c.precision(), **tile,
@@ -207,17 +251,17 @@ def forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, n
     """o, final state, what `prepare` made, and where time was cut the items' opening states and maps (else empty)."""
     c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
     initial = None if initial_state is None else initial_state.float().contiguous()
-    prepared = run_prepare(c)
+    p = run_prepare(c)
     o = c.values()
     final = c.new(c.sequences, c.H, c.K, c.V, dtype=torch.float32)
     opening = maps = c.new(0, dtype=torch.float32)
     before = initial
     if c.cut.cut:
         maps = c.new(c.cut.num_items, c.H, c.K, c.V + c.K, dtype=torch.float32)
-        run_forward(c, prepared, None, final=maps, maps=True)
+        run_forward(p, None, final=maps, maps=True)
         before = opening = run_merge(c, maps, maps, initial, reverse=False)
-    run_forward(c, prepared, before, final=final, o=o)
-    return o, final, *prepared, opening, maps if c.cut.cut else maps.clone()
+    run_forward(p, before, final=final, o=o)
+    return o, final, p.vectors, p.inverse, p.scores, opening, maps if c.cut.cut else maps.clone()
 
 
 @forward.register_fake
@@ -246,45 +290,54 @@ def backward(
 ):  # fmt: skip
     """Gradients of q, k, v, beta, decay, erase and initial_state; empty where there is no such tensor."""
     c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
-    prepared = (vectors, inverse, scores)
+    p = run_prepare(c, (vectors, inverse, scores))
     do = as_rows(do.to(v.dtype))
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     before = opening if c.cut.cut else None if initial_state is None else initial_state.float().contiguous()
     states, writes = c.chunk_states(), v.new_empty(*v.shape)
-    run_forward(c, prepared, before, states=(states, writes))
+    run_forward(p, before, states=(states, writes))
     closing = dfinal
     if c.cut.cut:
         changes = c.item_states()
-        run_reverse(c, prepared, do, None, changes, None)
+        run_reverse(p, do, None, changes, None)
         closing = run_merge(c, maps, changes, dfinal, reverse=True)
     dinitial = c.new(0, dtype=torch.float32)
     if initial_state is not None:
         dinitial = c.new(*initial_state.shape, dtype=torch.float32)
     dstates, du = c.chunk_states(), v.new_empty(*v.shape)
-    run_reverse(c, prepared, do, closing, None if initial_state is None else dinitial, (dstates, du))
-    gradients = run_gradients(c, vectors, do, (states, dstates, writes, du))
+    run_reverse(p, do, closing, None if initial_state is None else dinitial, (dstates, du))
+    gradients = run_gradients(c, p, do, (states, dstates, writes, du))
     return *gradients, dinitial
 
 
-def run_gradients(c: Call, vectors: Tensor, do: Tensor, pieces: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """dq, dk, dv, dbeta, ddecay, derase; empty where there is no such tensor."""
+def run_gradients(c: Call, p: Prepared, do: Tensor, pieces: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
+    """dq, dk, dv, dbeta, ddecay, derase; empty where there is no such tensor. c: the call as it was made."""
     heads = (*c.q.shape[:2], c.H)
     dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
-    shapes = (heads if x is not None else (0,) for x in (c.beta, c.decay))
-    dbeta, ddecay = (c.new(*shape, dtype=torch.float32) for shape in shapes)
+    dbeta = c.new(0) if c.beta is None else c.new(*c.beta.shape, dtype=torch.float32)
+    ddecay = c.new(0) if c.decay is None else c.new(*c.decay.shape, dtype=torch.float32)
     if c.packed:  # the documents may end before the row does
         for x in (dq, dk, dv, derase, dbeta, ddecay):
             x.zero_()
-    wide = c.K > 128
-    tile = c.tile("gradients", {"BV": 32 if wide else 64, "FUSED": int(not wide), "num_warps": 8, "num_stages": 1})
-    chunk_gradients[(c.cut.num_chunks * c.H,)](
-        c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, c.decay, vectors, c.plan.chunks, *pieces,
-        dq, dk, derase, dv, dbeta, ddecay, c.scale, **c.strides("q", "k", "a", "v"), stride_ot=do.stride(1),
-        stride_oh=do.stride(2), **c.sizes(), **c.kind(), HAS_BETA=c.beta is not None, NORMALIZE=c.normalize,
-        DOT=c.precision(), **tile,
-    )  # fmt: skip
+    common = {**c.sizes(), "HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "DOT": c.precision()}
+    common |= {"stride_ot": do.stride(1), "stride_oh": do.stride(2)}
+    grid = (c.cut.num_chunks * c.H,)
+    if p.total is not None:
+        tile = c.tile("key gradients", {"BV": 64, "num_warps": 8, "num_stages": 1})
+        key_gradients[grid](
+            c.q, c.k, c.v, do, p.total, p.vectors, c.plan.chunks, *pieces, dq, dk, dv, dbeta, ddecay, c.scale,
+            **c.strides("q", "k", "v"), **common, **tile,
+        )  # fmt: skip
+    else:
+        wide = c.K > 128
+        default = {"BV": 32 if wide else 64, "FUSED": int(not wide), "num_warps": 8, "num_stages": 1}
+        chunk_gradients[grid](
+            c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, c.decay, p.vectors, c.plan.chunks, *pieces, dq, dk,
+            derase, dv, dbeta, ddecay, c.scale, **c.strides("q", "k", "a", "v"), **common, **c.kind(),
+            **c.tile("gradients", default),
+        )  # fmt: skip
     dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
     derase = derase if c.erase is None else _sum_groups(derase, c.erase)
     dbeta = dbeta if c.beta is None else dbeta.to(c.beta.dtype)

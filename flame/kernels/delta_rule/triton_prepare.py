@@ -8,6 +8,11 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK = tl.constexpr(16)  # rows inverted by substitution before blocks are merged
 
+# Kinds of decay.
+NONE = tl.constexpr(0)
+SCALAR = tl.constexpr(1)
+KEY = tl.constexpr(2)
+
 # Rows of `vectors` [chunks, H, 6, C] fp32.
 TOTAL = tl.constexpr(0)  # G: log2 decay since the chunk's start, the row included
 BETA = tl.constexpr(1)
@@ -126,7 +131,7 @@ def prepare(
     system = system * (a_length * beta)[:, None] * k_length[None, :]
     lower = row[:, None] >= row[None, :]
     below = row[:, None] > row[None, :]
-    if DECAY:
+    if DECAY == SCALAR:
         log = tl.load(decay_ptr + rows * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
         total = tl.cumsum(log, 0)
         read = total

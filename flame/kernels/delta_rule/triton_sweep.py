@@ -5,6 +5,9 @@ Per chunk, with G the log decay since its start, r that of the erase read, T the
 
     X = V - e^r (A S),  W = T (beta X),  O = e^G (Q S) + P W,  S' = e^Gc S + K^T (e^(Gc - G) W)
     dW = P^T dO + e^(Gc - G) (K dS'),  dU = T^T dW,  dS = e^Gc dS' + Q^T (e^G dO) - A^T (beta e^r dU)
+
+A scalar decay and the rows' lengths are factors of products' rows, so Q, K and A are read raw. A decay per key channel is
+not: then Q, K and A come multiplied by theirs (`triton_keys`), and `factor` holds e^Gc.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from flame.kernels.delta_rule.triton_prepare import (
     A_LENGTH,
     BETA,
     K_LENGTH,
+    KEY,
     Q_LENGTH,
     READ,
     ROWS,
+    SCALAR,
     TOTAL,
     load_rows,
 )
@@ -36,6 +41,7 @@ def forward_sweep(
     vector_ptr,
     inverse_ptr,
     score_ptr,
+    factor_ptr,  # [chunks, H, K] fp32 e^Gc, with a decay per key channel
     item_ptr,  # [items, 5], see plan.Plan
     initial_ptr,  # [items, H, K, V] fp32
     final_ptr,  # [N, H, K, V] fp32; with MAP [items, H, K, V + K]
@@ -107,9 +113,10 @@ def forward_sweep(
         )
         inverse = tl.load(inverse_ptr + block * (C * C) + square)
         beta = tl.load(vector + BETA * C)
-        to_state = tl.load(vector + K_LENGTH * C)
-        from_state = tl.load(vector + A_LENGTH * C) if ERASE else to_state
-        if DECAY:
+        if DECAY != KEY:
+            to_state = tl.load(vector + K_LENGTH * C)
+            from_state = tl.load(vector + A_LENGTH * C) if ERASE else to_state
+        if DECAY == SCALAR:
             total = tl.load(vector + TOTAL * C)
             whole = tl.load(vector_ptr + block * (ROWS * C) + TOTAL * C + C - 1)
             read = tl.load(vector + READ * C) if EXCLUSIVE else total
@@ -123,7 +130,9 @@ def forward_sweep(
         else:
             erase = k
         held = tl.dot(erase, low, input_precision=DOT)
-        error = (v.to(tl.float32) - from_state[:, None] * held) * beta[:, None]
+        if DECAY != KEY:
+            held = from_state[:, None] * held
+        error = (v.to(tl.float32) - held) * beta[:, None]
         write = tl.dot(inverse, error.to(dtype), input_precision=DOT)
         at_value = (rows[:, None] * H + head) * V + column[None, :]
         if STATES:
@@ -131,15 +140,22 @@ def forward_sweep(
         if OUTPUT:
             q = load_rows(q_ptr, rows, stride_qt, channel, keep, K, BK)
             scores = tl.load(score_ptr + block * (C * C) + square)
-            q_factor = tl.load(vector + Q_LENGTH * C)
-            if DECAY:
-                q_factor = q_factor * tl.exp2(total)
-            o = tl.dot(q, low, input_precision=DOT) * q_factor[:, None]
+            o = tl.dot(q, low, input_precision=DOT)
+            if DECAY != KEY:
+                q_factor = tl.load(vector + Q_LENGTH * C)
+                if DECAY == SCALAR:
+                    q_factor = q_factor * tl.exp2(total)
+                o = o * q_factor[:, None]
             o = tl.dot(scores, write.to(dtype), o, input_precision=DOT)
             tl.store(o_ptr + at_value, o.to(o_ptr.dtype.element_ty), mask=keep[:, None] & inside[None, :])
-        write = (write * to_state[:, None]).to(dtype)
-        if DECAY:
+        if DECAY != KEY:
+            write = write * to_state[:, None]
+        write = write.to(dtype)
+        if DECAY == SCALAR:
             state = state * tl.exp2(whole)
+        if DECAY == KEY:
+            factor = tl.load(factor_ptr + block * K + channel, mask=channel < K, other=0.0)
+            state = state * factor[:, None]
         state = tl.dot(tl.trans(k), write, state, input_precision=DOT)
         chunk += 1
 
@@ -163,6 +179,7 @@ def reverse_sweep(
     vector_ptr,
     inverse_ptr,
     score_ptr,
+    factor_ptr,  # [chunks, H, K] fp32 e^Gc, with a decay per key channel
     item_ptr,
     closing_ptr,  # [items, H, K, V] fp32, gradient of the state after the item
     opening_ptr,  # [N, H, K, V] fp32, that of the state before the sequence; with MAP [items, H, K, V] before the item
@@ -234,30 +251,41 @@ def reverse_sweep(
         inverse = tl.load(inverse_ptr + block * (C * C) + square)
         scores = tl.load(score_ptr + block * (C * C) + square)
         beta = tl.load(vector + BETA * C)
-        q_factor = tl.load(vector + Q_LENGTH * C)
-        to_state = tl.load(vector + K_LENGTH * C)
-        from_state = tl.load(vector + A_LENGTH * C) if ERASE else to_state
-        if DECAY:
+        taken_factor = -beta
+        if DECAY != KEY:
+            q_factor = tl.load(vector + Q_LENGTH * C)
+            to_state = tl.load(vector + K_LENGTH * C)
+            from_state = tl.load(vector + A_LENGTH * C) if ERASE else to_state
+        if DECAY == SCALAR:
             total = tl.load(vector + TOTAL * C)
             whole = tl.load(vector_ptr + block * (ROWS * C) + TOTAL * C + C - 1)
             read = tl.load(vector + READ * C) if EXCLUSIVE else total
             to_state = to_state * tl.exp2(whole - total)
             from_state = from_state * tl.exp2(read)
             q_factor = q_factor * tl.exp2(total)
+        if DECAY != KEY:
+            taken_factor = taken_factor * from_state
         low = dstate.to(dtype)
         if STORE:
             tl.store(dstate_ptr + block * (K * V) + cell, low, mask=in_state)
-        dwrite = tl.dot(k, low, input_precision=DOT) * to_state[:, None]
+        dwrite = tl.dot(k, low, input_precision=DOT)
+        if DECAY != KEY:
+            dwrite = dwrite * to_state[:, None]
         dwrite = tl.dot(tl.trans(scores), do, dwrite, input_precision=DOT)
         du = tl.dot(tl.trans(inverse), dwrite.to(dtype), input_precision=DOT)
         if STORE:
             at_value = (rows[:, None] * H + head) * V + column[None, :]
             tl.store(du_ptr + at_value, du.to(dtype), mask=in_rows)
-        if DECAY:
+        if DECAY == SCALAR:
             dstate = dstate * tl.exp2(whole)
-        seen = (do.to(tl.float32) * q_factor[:, None]).to(dtype)
+        if DECAY == KEY:
+            factor = tl.load(factor_ptr + block * K + channel, mask=channel < K, other=0.0)
+            dstate = dstate * factor[:, None]
+            seen = do
+        else:
+            seen = (do.to(tl.float32) * q_factor[:, None]).to(dtype)
         dstate = tl.dot(tl.trans(q), seen, dstate, input_precision=DOT)
-        taken = (du * (-beta * from_state)[:, None]).to(dtype)
+        taken = (du * taken_factor[:, None]).to(dtype)
         if ERASE:
             erase = load_rows(a_ptr, rows, stride_at, channel, keep, K, BK)
             dstate = tl.dot(tl.trans(erase), taken, dstate, input_precision=DOT)
