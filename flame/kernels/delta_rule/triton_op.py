@@ -88,7 +88,8 @@ class Call:
         return "ieee" if self.q.device.type == "cpu" else "tf32x3"
 
     def tile(self, name: str, default: dict[str, int]) -> dict[str, int]:
-        key = tiles.key(name, K=self.K, V=self.V, dtype=self.q.dtype)
+        decay = ("none", "scalar", "key")[self.decay_kind]
+        key = tiles.key(name, decay=decay, K=self.K, V=self.V, dtype=self.q.dtype)
         return dict(tiles.choose(OP, key, default, self.q.device))
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -177,7 +178,7 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
 def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict) -> Prepared:
     M, H, heads = c.cut.num_chunks, c.H, (*c.q.shape[:2], c.H, c.K)
     total, factor = c.new(*heads, dtype=torch.float32), c.new(M, H, c.K, dtype=torch.float32)
-    tile = c.tile("cumulate", {"num_warps": 4, "num_stages": 1})
+    tile = c.tile("cumulate", {"num_warps": 8, "num_stages": 1})
     cumulate[(M * H,)](c.decay, c.plan.chunks, total, factor, H=H, K=c.K, BK=padded(c.K), C=CHUNK, **tile)
     seen, read, written = (c.new(*heads) for _ in range(3))
     name = "prepare keys" if scores else "decay keys"
