@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flame.kernels.delta_rule.triton_gradients import store_rows
 from flame.kernels.delta_rule.triton_prepare import (
     BETA,
     K_LENGTH,
@@ -160,6 +161,7 @@ def key_gradients(
     q_ptr,
     k_ptr,
     v_ptr,
+    o_ptr,
     do_ptr,
     total_ptr,
     vector_ptr,
@@ -171,9 +173,10 @@ def key_gradients(
     dq_ptr,
     dk_ptr,
     dv_ptr,
-    dbeta_ptr,
+    dbeta_ptr,  # [tiles, T, H] fp32, to be summed over the tiles of keys
     ddecay_ptr,  # [T, H, K]
     scale,
+    tokens,  # rows of a tile's part
     stride_qt,
     stride_qh,
     stride_kt,
@@ -186,14 +189,17 @@ def key_gradients(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    BK: tl.constexpr,
+    TK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     HAS_BETA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    """As triton_gradients.chunk_gradients, whose sums over value channels serve here too."""
+    TILES: tl.constexpr = (K + TK - 1) // TK
+    tile = tl.program_id(0) % TILES
+    program = tl.program_id(0) // TILES
     chunk, head = program // H, program % H
     start = tl.load(chunk_ptr + 2 * chunk)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
@@ -203,102 +209,133 @@ def key_gradients(
     row = tl.arange(0, C)
     keep = row < length
     rows = (start + row).to(tl.int64)
-    channel = tl.arange(0, BK)
+    channel = tile * TK + tl.arange(0, TK)
     in_keys = channel < K
     block = program.to(tl.int64)
     vector = vector_ptr + block * (ROWS * C) + row
+    k_ptr += (head // GROUP) * stride_kh
+    q_ptr += (head // GROUP) * stride_qh
     v_ptr += head * stride_vh
     do_ptr += head * stride_oh
     total_ptr += head * K
     beta = tl.load(vector + BETA * C)
     q_length = tl.load(vector + Q_LENGTH * C)  # scale included
     k_length = tl.load(vector + K_LENGTH * C)
+    state_ptr += block * (K * V)
+    dstate_ptr += block * (K * V)
+    cell = channel[:, None] * V
+    at_value = (rows * H + head) * V
+    at_key = (rows * H + head)[:, None] * K + channel[None, :]
+    key_mask = keep[:, None] & in_keys[None, :]
+    k = load_rows(k_ptr, rows, stride_kt, channel, keep, K, TK).to(tl.float32)
+    total = load_rows(total_ptr, rows, H * K, channel, keep, K, TK)
 
-    dscores = tl.zeros([C, C], tl.float32)  # [i, j]
-    dscores_t = tl.zeros([C, C], tl.float32)  # [j, i]
-    dsystem = tl.zeros([C, C], tl.float32)
-    dsystem_t = tl.zeros([C, C], tl.float32)
-    dbeta = tl.zeros([C], tl.float32)
-    overlap = tl.zeros([BK], tl.float32)  # <S, dS'> by key
-    dq = tl.zeros([C, BK], tl.float32)
-    da = tl.zeros([C, BK], tl.float32)
-    dk = tl.zeros([C, BK], tl.float32)
+    # dq, with its share of the decays' gradient.
+    dscores = tl.zeros([C, C], tl.float32)
+    dq = tl.zeros([C, TK], tl.float32)
+    o_do = tl.zeros([C], tl.float32)
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
         mask = keep[:, None] & inside[None, :]
-        at_value = (rows[:, None] * H + head) * V + column[None, :]
         do = tl.load(do_ptr + rows[:, None] * stride_ot + column[None, :], mask=mask, other=0.0)
-        du = tl.load(du_ptr + at_value, mask=mask, other=0.0)
-        write = tl.load(write_ptr + at_value, mask=mask, other=0.0)
-        v = tl.load(v_ptr + rows[:, None] * stride_vt + column[None, :], mask=mask, other=0.0)
+        write = tl.load(write_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
+        state = tl.load(state_ptr + cell + column[None, :], mask=in_keys[:, None] & inside[None, :], other=0.0)
         dscores = tl.dot(do, tl.trans(write), dscores, input_precision=DOT)
-        dscores_t = tl.dot(write, tl.trans(do), dscores_t, input_precision=DOT)
-        dsystem = tl.dot(du, tl.trans(write), dsystem, input_precision=DOT)
-        dsystem_t = tl.dot(write, tl.trans(du), dsystem_t, input_precision=DOT)
-        wide = du.to(tl.float32)
-        dbeta += tl.sum(wide * v.to(tl.float32), 1)
-        tl.store(dv_ptr + at_value, (wide * beta[:, None]).to(dv_ptr.dtype.element_ty), mask=mask)
-        cell = channel[:, None] * V + column[None, :]
-        in_state = in_keys[:, None] & inside[None, :]
-        state = tl.load(state_ptr + block * (K * V) + cell, mask=in_state, other=0.0)
-        dstate = tl.load(dstate_ptr + block * (K * V) + cell, mask=in_state, other=0.0)
-        overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
         dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
-        da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
-        dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
-
-    q = load_rows(q_ptr + (head // GROUP) * stride_qh, rows, stride_qt, channel, keep, K, BK).to(tl.float32)
-    k = load_rows(k_ptr + (head // GROUP) * stride_kh, rows, stride_kt, channel, keep, K, BK).to(tl.float32)
-    total = load_rows(total_ptr, rows, H * K, channel, keep, K, BK)
-    last = (start + length - 1).to(tl.int64)
-    whole = tl.load(total_ptr + last * H * K + channel, mask=in_keys, other=0.0)
-    opened = tl.exp2(total)
-    unit_k = k * k_length[:, None]
-    dq = dq * opened
-    da = da * -opened
-    dk = dk * tl.exp2(tl.minimum(whole[None, :] - total, 0.0))
-    dwhole = overlap * tl.exp2(whole) + tl.sum(unit_k * dk, 0)
-
-    # dq, da and dk are gradients of unit rows (dq over scale, da over beta); every product is with raw rows times length.
+        if NORMALIZE:
+            o = tl.load(o_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
+            o_do += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dscores, 0.0), 1)
-    dq += diagonal[:, None] * unit_k
-    dk += (diagonal * q_length)[:, None] * q
-    dscores = dscores * k_length[None, :]
-    dsystem = dsystem * -k_length[None, :]
-    dscores_t = dscores_t * q_length[None, :]
-    dsystem_t = dsystem_t * (-beta * k_length)[None, :]
+    dq = dq * tl.exp2(total) + (diagonal * k_length)[:, None] * k
+    dscores = (dscores * k_length[None, :]).to(dtype)
     half = C // 2
     while half > 0:
-        decay = pivot_factor(total_ptr, total, start, length, H * K, channel, half, row, K, BK)
-        left = (k * decay).to(dtype)
-        right = (q * decay).to(dtype)
-        chosen = pairs(row, half)
+        decay = pivot_factor(total_ptr, total, start, length, H * K, channel, half, row, K, TK)
+        chosen = tl.where(pairs(row, half), dscores, 0.0)
+        dq += decay * tl.dot(chosen, (k * decay).to(dtype), input_precision=DOT)
+        half = half // 2
+    dq = dq * scale
+    q = load_rows(q_ptr, rows, stride_qt, channel, keep, K, TK).to(tl.float32)
+    q_length_only = q_length / scale
+    dtotal = q * dq * q_length_only[:, None]
+    store_rows(dq_ptr + head * K, dq, o_do, q, q_length_only, rows, H * K, channel, key_mask, NORMALIZE)
+
+    # da: of the erase read.
+    dsystem = tl.zeros([C, C], tl.float32)
+    da = tl.zeros([C, TK], tl.float32)
+    v_du = tl.zeros([C], tl.float32)
+    w_du = tl.zeros([C], tl.float32)
+    for offset in range(0, V, BV):
+        column = offset + tl.arange(0, BV)
+        inside = column < V
+        mask = keep[:, None] & inside[None, :]
+        du = tl.load(du_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
+        write = tl.load(write_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
+        state = tl.load(state_ptr + cell + column[None, :], mask=in_keys[:, None] & inside[None, :], other=0.0)
+        dsystem = tl.dot(du, tl.trans(write), dsystem, input_precision=DOT)
+        da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
+        wide = du.to(tl.float32)
+        w_du += tl.sum(wide * write.to(tl.float32), 1)
+        if NORMALIZE or HAS_BETA:
+            v = tl.load(v_ptr + rows[:, None] * stride_vt + column[None, :], mask=mask, other=0.0)
+            v_du += tl.sum(wide * v.to(tl.float32), 1)
+        if tile == 0:
+            dv = (wide * beta[:, None]).to(dv_ptr.dtype.element_ty)
+            tl.store(dv_ptr + at_value[:, None] + column[None, :], dv, mask=mask)
+    da = -da * tl.exp2(total)
+    dsystem = (dsystem * -k_length[None, :]).to(dtype)
+    half = C // 2
+    while half > 0:
+        decay = pivot_factor(total_ptr, total, start, length, H * K, channel, half, row, K, TK)
+        chosen = tl.where(pairs(row, half), dsystem, 0.0)
+        da += decay * tl.dot(chosen, (k * decay).to(dtype), input_precision=DOT)
+        half = half // 2
+    if HAS_BETA:
+        part = (tile * tokens.to(tl.int64) + rows) * H + head
+        erased = tl.sum(k * da, 1) * k_length
+        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + erased, mask=keep)
+    da = da * beta[:, None]
+    dtotal += k * da * k_length[:, None]
+
+    # dk: of the write.
+    dscores_t = tl.zeros([C, C], tl.float32)
+    dsystem_t = tl.zeros([C, C], tl.float32)
+    dk = tl.zeros([C, TK], tl.float32)
+    overlap = tl.zeros([TK], tl.float32)  # <S, dS'> by key
+    for offset in range(0, V, BV):
+        column = offset + tl.arange(0, BV)
+        inside = column < V
+        mask = keep[:, None] & inside[None, :]
+        write = tl.load(write_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
+        do = tl.load(do_ptr + rows[:, None] * stride_ot + column[None, :], mask=mask, other=0.0)
+        du = tl.load(du_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
+        in_state = in_keys[:, None] & inside[None, :]
+        dstate = tl.load(dstate_ptr + cell + column[None, :], mask=in_state, other=0.0)
+        state = tl.load(state_ptr + cell + column[None, :], mask=in_state, other=0.0)
+        overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
+        dscores_t = tl.dot(write, tl.trans(do), dscores_t, input_precision=DOT)
+        dsystem_t = tl.dot(write, tl.trans(du), dsystem_t, input_precision=DOT)
+        dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
+    last = (start + length - 1).to(tl.int64)
+    whole = tl.load(total_ptr + last * H * K + channel, mask=in_keys, other=0.0)
+    dk = dk * tl.exp2(tl.minimum(whole[None, :] - total, 0.0))
+    dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk * k_length[:, None], 0)
+    dk += (diagonal * q_length)[:, None] * q
+    dscores_t = (dscores_t * q_length[None, :]).to(dtype)
+    dsystem_t = (dsystem_t * (-beta * k_length)[None, :]).to(dtype)
+    half = C // 2
+    while half > 0:
+        decay = pivot_factor(total_ptr, total, start, length, H * K, channel, half, row, K, TK)
         block_of = row // (2 * half)
-        is_left = row // half % 2 == 0
-        chosen_t = (block_of[:, None] == block_of[None, :]) & is_left[:, None] & (row // half % 2 == 1)[None, :]
-        dq += decay * tl.dot(tl.where(chosen, dscores, 0.0).to(dtype), left, input_precision=DOT)
-        da += decay * tl.dot(tl.where(chosen, dsystem, 0.0).to(dtype), left, input_precision=DOT)
-        change = tl.dot(tl.where(chosen_t, dscores_t, 0.0).to(dtype), right, input_precision=DOT)
-        change = tl.dot(tl.where(chosen_t, dsystem_t, 0.0).to(dtype), left, change, input_precision=DOT)
+        chosen = (block_of[:, None] == block_of[None, :]) & (row // half % 2 == 0)[:, None]
+        chosen = chosen & (row // half % 2 == 1)[None, :]
+        change = tl.dot(tl.where(chosen, dscores_t, 0.0), (q * decay).to(dtype), input_precision=DOT)
+        change = tl.dot(tl.where(chosen, dsystem_t, 0.0), (k * decay).to(dtype), change, input_precision=DOT)
         dk += decay * change
         half = half // 2
-
-    unit_q = q * (q_length / scale)[:, None]
-    dq = dq * scale
-    if HAS_BETA:
-        along = tl.sum(unit_k * da, 1)
-        tl.store(dbeta_ptr + rows * H + head, dbeta + along, mask=keep)
-    da = da * beta[:, None]
-    dtotal = unit_q * dq + unit_k * (da - dk)
-    dtotal += tl.where((row == C - 1)[:, None], dwhole[None, :], 0.0)
-    ddecay = tl.sum(dtotal, 0)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
-    mask = keep[:, None] & in_keys[None, :]
-    at_key = (rows * H + head)[:, None] * K + channel[None, :]
-    tl.store(ddecay_ptr + at_key, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
-    dk += da
-    if NORMALIZE:
-        dq = (dq - unit_q * tl.sum(unit_q * dq, 1)[:, None]) * (q_length / scale)[:, None]
-        dk = (dk - unit_k * tl.sum(unit_k * dk, 1)[:, None]) * k_length[:, None]
-    tl.store(dq_ptr + at_key, dq.to(dq_ptr.dtype.element_ty), mask=mask)
-    tl.store(dk_ptr + at_key, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    dtotal -= k * dk * k_length[:, None]
+    ddecay = (tl.sum(dtotal, 0) + dwhole)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
+    tl.store(ddecay_ptr + at_key, ddecay.to(ddecay_ptr.dtype.element_ty), mask=key_mask)
+    along = 2.0 * w_du - v_du * beta
+    store_rows(dk_ptr + head * K, dk + da, along, k, k_length, rows, H * K, channel, key_mask, NORMALIZE)

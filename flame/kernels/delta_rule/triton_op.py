@@ -164,7 +164,12 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
     else:
         vectors, *square = saved
     sizes = {name: value for name, value in c.sizes().items() if name != "V"}
-    options = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS, "DOT": c.precision()}
+    options = {
+        "HAS_BETA": c.beta is not None,
+        "NORMALIZE": c.normalize,
+        "NORM_EPS": NORM_EPS,
+        "DOT": c.precision(),
+    }
     if c.decay_kind == KEY.value:
         return _prepare_keys(c, (vectors, *square), saved is None, sizes, options)
     if saved is None:
@@ -281,12 +286,12 @@ def _(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normali
     "flame::delta_rule_backward",
     mutates_args=(),
     schema=(
-        f"({_TENSORS}, Tensor vectors, Tensor inverse, Tensor scores, Tensor opening, Tensor maps, Tensor do, "
+        f"({_TENSORS}, Tensor vectors, Tensor inverse, Tensor scores, Tensor opening, Tensor maps, Tensor o, Tensor do, "
         f"Tensor? dfinal, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def backward(
-    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, do, dfinal,
+    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal,
     exclusive, normalize, scale,
 ):  # fmt: skip
     """Gradients of q, k, v, beta, decay, erase and initial_state; empty where there is no such tensor."""
@@ -295,7 +300,7 @@ def backward(
     do = as_rows(do.to(v.dtype))
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     before = opening if c.cut.cut else None if initial_state is None else initial_state.float().contiguous()
-    states, writes = c.chunk_states(), v.new_empty(*v.shape)
+    states, writes = c.chunk_states(), v.new_empty(v.shape)
     run_forward(p, before, states=(states, writes))
     closing = dfinal
     if c.cut.cut:
@@ -305,43 +310,49 @@ def backward(
     dinitial = c.new(0, dtype=torch.float32)
     if initial_state is not None:
         dinitial = c.new(*initial_state.shape, dtype=torch.float32)
-    dstates, du = c.chunk_states(), v.new_empty(*v.shape)
+    dstates, du = c.chunk_states(), v.new_empty(v.shape)
     run_reverse(p, do, closing, None if initial_state is None else dinitial, (dstates, du))
-    gradients = run_gradients(c, p, do, (states, dstates, writes, du))
+    gradients = run_gradients(c, p, (o, do), (states, dstates, writes, du))
     return *gradients, dinitial
 
 
-def run_gradients(c: Call, p: Prepared, do: Tensor, pieces: tuple[Tensor, Tensor, Tensor, Tensor]) -> list[Tensor]:
-    """dq, dk, dv, dbeta, ddecay, derase; empty where there is no such tensor. c: the call as it was made."""
+def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: tuple[Tensor, ...]) -> list[Tensor]:
+    """dq, dk, dv, dbeta, ddecay, derase; empty where there is no such tensor. c: the call as it was made; output: o and
+    do; pieces: states, their gradients, writes, dU."""
+    o, do = output
     heads = (*c.q.shape[:2], c.H)
     dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
-    dbeta = c.new(0) if c.beta is None else c.new(*c.beta.shape, dtype=torch.float32)
-    ddecay = c.new(0) if c.decay is None else c.new(*c.decay.shape, dtype=torch.float32)
+    name = "gradients" if p.total is None else "key gradients"
+    tile = c.tile(name, {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1})
+    tiles_of_keys = triton.cdiv(c.K, tile["TK"])
+    parts = (tiles_of_keys, *heads)
+    dbeta = c.new(0) if c.beta is None else c.new(*parts, dtype=torch.float32)
+    shape = {NONE.value: (0,), SCALAR.value: parts, KEY.value: (*heads, c.K)}[c.decay_kind]
+    ddecay = c.new(*shape, dtype=torch.float32)
     if c.packed:  # the documents may end before the row does
         for x in (dq, dk, dv, derase, dbeta, ddecay):
             x.zero_()
-    common = {**c.sizes(), "HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "DOT": c.precision()}
+    common = {name: value for name, value in c.sizes().items() if name != "BK"}
+    common |= {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "DOT": c.precision(), **tile}
     common |= {"stride_ot": do.stride(1), "stride_oh": do.stride(2)}
-    grid = (c.cut.num_chunks * c.H,)
+    grid, rows = (c.cut.num_chunks * c.H * tiles_of_keys,), c.q.shape[0] * c.q.shape[1]
     if p.total is not None:
-        tile = c.tile("key gradients", {"BV": 64, "num_warps": 8, "num_stages": 1})
         key_gradients[grid](
-            c.q, c.k, c.v, do, p.total, p.vectors, c.plan.chunks, *pieces, dq, dk, dv, dbeta, ddecay, c.scale,
-            **c.strides("q", "k", "v"), **common, **tile,
+            c.q, c.k, c.v, o, do, p.total, p.vectors, c.plan.chunks, *pieces, dq, dk, dv, dbeta, ddecay, c.scale,
+            rows, **c.strides("q", "k", "v"), **common,
         )  # fmt: skip
     else:
-        wide = c.K > 128
-        default = {"BV": 32 if wide else 64, "FUSED": int(not wide), "num_warps": 8, "num_stages": 1}
         chunk_gradients[grid](
-            c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, c.decay, p.vectors, c.plan.chunks, *pieces, dq, dk,
-            derase, dv, dbeta, ddecay, c.scale, **c.strides("q", "k", "a", "v"), **common, **c.kind(),
-            **c.tile("gradients", default),
+            c.q, c.k, c.v, c.k if c.erase is None else c.erase, o, do, p.vectors, c.plan.chunks, *pieces, dq, dk,
+            derase, dv, dbeta, ddecay, c.scale, rows, **c.strides("q", "k", "a", "v"), **common,
+            **c.kind(),
         )  # fmt: skip
     dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
     derase = derase if c.erase is None else _sum_groups(derase, c.erase)
-    dbeta = dbeta if c.beta is None else dbeta.to(c.beta.dtype)
+    dbeta = dbeta if c.beta is None else dbeta.sum(0).to(c.beta.dtype)
+    ddecay = ddecay.sum(0) if c.decay_kind == SCALAR.value else ddecay
     ddecay = ddecay if c.decay is None else ddecay.to(c.decay.dtype)
     return [dq, dk, dv, dbeta, ddecay, derase]
 
@@ -355,7 +366,7 @@ def _sum_groups(gradient: Tensor, x: Tensor) -> Tensor:
 
 @backward.register_fake
 def _(
-    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, do, dfinal,
+    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal,
     exclusive, normalize, scale,
 ):  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.float32)
@@ -366,7 +377,7 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     *tensors, exclusive, normalize, scale = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, *output[2:], output[0])
     ctx.options = exclusive, normalize, scale
 
 

@@ -45,16 +45,22 @@ def invert(system, C: tl.constexpr, PRECISION: tl.constexpr):
     Diagonal blocks of 16 rows by substitution, all at once; then, with D their inverse and N = D * rest (whose fourth
     power vanishes), (I + N)^-1 D = (I - N)(I + N^2) D.
     """
+    BLOCKS: tl.constexpr = C // BLOCK
+    index = tl.arange(0, BLOCK)
+    block = tl.arange(0, BLOCKS)
+    own = (block[:, None] == block[None, :])[:, None, :, None]  # [block, 1, block, 1]
+    folded = tl.reshape(system, (BLOCKS, BLOCK, BLOCKS, BLOCK))
+    diagonal = tl.sum(tl.where(own, folded, 0.0), 2)  # [block, row, column]
+    small = tl.where(index[:, None] == index[None, :], 1.0, 0.0)[None, :, :] + tl.zeros_like(diagonal)
+    for i in range(1, BLOCK):
+        picked = (index == i)[None, :, None]
+        weights = tl.sum(tl.where(picked, diagonal, 0.0), 1)  # row i of every block
+        update = tl.sum(weights[:, :, None] * small, 1)
+        small = tl.where(picked, small - update[:, None, :], small)
     row = tl.arange(0, C)
     inside = (row[:, None] // BLOCK) == (row[None, :] // BLOCK)
-    diagonal = tl.where(inside, system, 0.0)
-    inverse = tl.where(row[:, None] == row[None, :], 1.0, 0.0)
-    for i in range(1, BLOCK):
-        picked = (row % BLOCK) == i
-        weights = tl.sum(tl.where(picked[:, None], diagonal, 0.0), 0)  # row i of every block, side by side
-        update = tl.sum(weights[:, None] * inverse, 0)
-        inverse = tl.where(picked[:, None] & inside, inverse - update[None, :], inverse)
-    rest = system - diagonal
+    inverse = tl.reshape(tl.where(own, small[:, :, None, :], 0.0), (C, C))
+    rest = tl.where(inside, 0.0, system)
     nilpotent = tl.dot(inverse, rest, input_precision=PRECISION)
     square = tl.dot(nilpotent, nilpotent, input_precision=PRECISION)
     inverse = tl.dot(square, inverse, inverse, input_precision=PRECISION)
