@@ -6,7 +6,7 @@ W dS'^T, the erase read's dA from dU S^T. Gradients of beta and the decays are s
 keys stores its part of them. Taking the rows' lengths out of dq and dk needs whole sums at once: they are had from value
 channels, q . dq = o . do, and k . dk = w . du for the write, w . du - v . dv for the erase read.
 
-Both score gradients are formed twice, once transposed, by a product of their own: a transposed accumulator fed to another
+Queries and keys have a kernel each, which keeps registers few. Both score gradients are formed twice, once transposed, by a product of their own: a transposed accumulator fed to another
 product is miscompiled on Hopper by Triton 3.4 to 3.7.
 """
 
@@ -29,20 +29,108 @@ from flame.kernels.delta_rule.triton_prepare import (
 
 
 @triton.jit
-def store_rows(ptr, d, along, x, length, rows, stride, channel, mask, NORMALIZE: tl.constexpr):
-    """Store the gradient of raw rows x from d, that of their unit form, with along = <unit, d> over all channels."""
-    if NORMALIZE:
-        d = (d - x.to(tl.float32) * (length * along)[:, None]) * length[:, None]
-    tl.store(ptr + rows[:, None] * stride + channel[None, :], d.to(ptr.dtype.element_ty), mask=mask)
+def tile_of(ptr, row, stride, column, keep, inside):
+    """Tile [rows, columns] at the base `ptr`; offsets within a chunk fit 32 bits, and cost half the registers."""
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
-def chunk_gradients(
+def store_rows(ptr, d, along, x, length, row, stride, channel, mask, NORMALIZE: tl.constexpr):
+    """Store the gradient of raw rows x from d, that of their unit form, with along = <unit, d> over all channels."""
+    if NORMALIZE:
+        d = (d - x.to(tl.float32) * (length * along)[:, None]) * length[:, None]
+    tl.store(ptr + row[:, None] * stride + channel[None, :], d.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def query_gradients(
+    q_ptr,
+    k_ptr,
+    o_ptr,  # [T, H, V]
+    do_ptr,
+    vector_ptr,
+    chunk_ptr,
+    state_ptr,  # [chunks, H, K, V]
+    write_ptr,  # [T, H, V]
+    dq_ptr,  # [T, H, K]
+    ddecay_ptr,  # [tiles, T, H] fp32, to be summed over the tiles of keys
+    scale,
+    tokens,  # rows of a tile's part
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_ot,
+    stride_oh,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,  # key channels of a tile
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    DECAY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    TILES: tl.constexpr = (K + TK - 1) // TK
+    tile = tl.program_id(0) % TILES
+    program = tl.program_id(0) // TILES
+    chunk, head = program // H, program % H
+    start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
+    length = tl.load(chunk_ptr + 2 * chunk + 1)
+    if length == 0:
+        return
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    row = tl.arange(0, C)
+    keep = row < length
+    channel = tile * TK + tl.arange(0, TK)
+    in_keys = channel < K
+    block = program.to(tl.int64)
+    vector = vector_ptr + block * (ROWS * C) + row
+    state_ptr += block * (K * V)
+    do_ptr += start * stride_ot + head * stride_oh
+    at_value = (start * H + head) * V
+
+    dscores = tl.zeros([C, C], tl.float32)
+    dq = tl.zeros([C, TK], tl.float32)
+    o_do = tl.zeros([C], tl.float32)
+    for offset in range(0, V, BV):
+        column = offset + tl.arange(0, BV)
+        inside = column < V
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
+        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+        dscores = tl.dot(do, tl.trans(write), dscores, input_precision=DOT)
+        dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
+        if NORMALIZE:
+            o = tile_of(o_ptr + at_value, row, H * V, column, keep, inside)
+            o_do += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    q_length = tl.load(vector + Q_LENGTH * C) / scale
+    above = row[:, None] < row[None, :]
+    dscores = tl.where(above, 0.0, dscores * tl.load(vector + K_LENGTH * C)[None, :])
+    if DECAY == SCALAR:
+        total = tl.load(vector + TOTAL * C)
+        dq = dq * tl.exp2(total)[:, None]
+        dscores = dscores * tl.exp2(tl.where(above, 0.0, total[:, None] - total[None, :]))
+    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
+    dq = tl.dot(dscores.to(dtype), k, dq, input_precision=DOT) * scale
+    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
+    if DECAY == SCALAR:
+        dtotal = tl.sum(q.to(tl.float32) * dq, 1) * q_length
+        ddecay = tl.sum(dtotal, 0) - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
+        part = (tile * tokens.to(tl.int64) + start) * H + head
+        tl.store(ddecay_ptr + part + row * H, ddecay, mask=keep)
+    mask = keep[:, None] & in_keys[None, :]
+    store_rows(dq_ptr + (start * H + head) * K, dq, o_do, q, q_length, row, H * K, channel, mask, NORMALIZE)
+
+
+@triton.jit
+def key_value_gradients(
     q_ptr,
     k_ptr,
     v_ptr,
     a_ptr,
-    o_ptr,  # [T, H, V]
     do_ptr,
     vector_ptr,
     chunk_ptr,
@@ -50,14 +138,12 @@ def chunk_gradients(
     dstate_ptr,  # [chunks, H, K, V]
     write_ptr,  # [T, H, V]
     du_ptr,  # [T, H, V]
-    dq_ptr,  # [T, H, K]
-    dk_ptr,
+    dk_ptr,  # [T, H, K]
     da_ptr,
     dv_ptr,  # [T, H, V]
     dbeta_ptr,  # [tiles, T, H] fp32, to be summed over the tiles of keys
     ddecay_ptr,  # [tiles, T, H] fp32
-    scale,
-    tokens,  # rows of a tile's part
+    tokens,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -72,7 +158,7 @@ def chunk_gradients(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    TK: tl.constexpr,  # key channels of a tile
+    TK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     DECAY: tl.constexpr,
@@ -86,66 +172,31 @@ def chunk_gradients(
     tile = tl.program_id(0) % TILES
     program = tl.program_id(0) // TILES
     chunk, head = program // H, program % H
-    start = tl.load(chunk_ptr + 2 * chunk)
+    start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
     if length == 0:
         return
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     row = tl.arange(0, C)
     keep = row < length
-    rows = (start + row).to(tl.int64)
     channel = tile * TK + tl.arange(0, TK)
     in_keys = channel < K
-    key_mask = keep[:, None] & in_keys[None, :]
-    k_ptr += (head // GROUP) * stride_kh
-    q_ptr += (head // GROUP) * stride_qh
-    a_ptr += (head // GROUP) * stride_ah
-    v_ptr += head * stride_vh
-    do_ptr += head * stride_oh
     block = program.to(tl.int64)
     vector = vector_ptr + block * (ROWS * C) + row
+    state_ptr += block * (K * V)
+    dstate_ptr += block * (K * V)
+    do_ptr += start * stride_ot + head * stride_oh
+    v_ptr += start * stride_vt + head * stride_vh
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    at_value = (start * H + head) * V
     beta = tl.load(vector + BETA * C)
-    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
     k_length = tl.load(vector + K_LENGTH * C)
     a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
     if DECAY == SCALAR:
         total = tl.load(vector + TOTAL * C)
         whole = tl.load(vector_ptr + block * (ROWS * C) + TOTAL * C + C - 1)
         read = tl.load(vector + READ * C) if EXCLUSIVE else total
-    state_ptr += block * (K * V)
-    dstate_ptr += block * (K * V)
-    cell = channel[:, None] * V
-    at_value = (rows * H + head) * V
-    above = row[:, None] < row[None, :]
-    below = row[:, None] > row[None, :]
-    k = load_rows(k_ptr, rows, stride_kt, channel, keep, K, TK)
-
-    # dq: gradient of the unit query, over scale until the end.
-    dscores = tl.zeros([C, C], tl.float32)
-    dq = tl.zeros([C, TK], tl.float32)
-    o_do = tl.zeros([C], tl.float32)
-    for offset in range(0, V, BV):
-        column = offset + tl.arange(0, BV)
-        inside = column < V
-        mask = keep[:, None] & inside[None, :]
-        do = tl.load(do_ptr + rows[:, None] * stride_ot + column[None, :], mask=mask, other=0.0)
-        write = tl.load(write_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
-        in_state = in_keys[:, None] & inside[None, :]
-        state = tl.load(state_ptr + cell + column[None, :], mask=in_state, other=0.0)
-        dscores = tl.dot(do, tl.trans(write), dscores, input_precision=DOT)
-        dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
-        if NORMALIZE:
-            o = tl.load(o_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
-            o_do += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    dscores = tl.where(above, 0.0, dscores * k_length[None, :])
-    if DECAY == SCALAR:
-        dq = dq * tl.exp2(total)[:, None]
-        dscores = dscores * tl.exp2(tl.where(above, 0.0, total[:, None] - total[None, :]))
-    dq = tl.dot(dscores.to(dtype), k, dq, input_precision=DOT) * scale
-    q = load_rows(q_ptr, rows, stride_qt, channel, keep, K, TK)
-    if DECAY == SCALAR:
-        dtotal = tl.sum(q.to(tl.float32) * dq, 1) * (q_length / scale)
-    store_rows(dq_ptr + head * K, dq, o_do, q, q_length / scale, rows, H * K, channel, key_mask, NORMALIZE)
+    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
 
     # da: gradient of the unit erase key, which opens the sum for the write key where that is the same.
     dsystem = tl.zeros([C, C], tl.float32)
@@ -155,21 +206,21 @@ def chunk_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        mask = keep[:, None] & inside[None, :]
-        du = tl.load(du_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
-        write = tl.load(write_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
-        v = tl.load(v_ptr + rows[:, None] * stride_vt + column[None, :], mask=mask, other=0.0)
-        in_state = in_keys[:, None] & inside[None, :]
-        state = tl.load(state_ptr + cell + column[None, :], mask=in_state, other=0.0)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
+        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
         dsystem = tl.dot(du, tl.trans(write), dsystem, input_precision=DOT)
         da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
         wide = du.to(tl.float32)
+        v = tile_of(v_ptr, row, stride_vt, column, keep, inside)
         v_du += tl.sum(wide * v.to(tl.float32), 1)
         w_du += tl.sum(wide * write.to(tl.float32), 1)
         if tile == 0:
             dv = (wide * beta[:, None]).to(dv_ptr.dtype.element_ty)
-            tl.store(dv_ptr + at_value[:, None] + column[None, :], dv, mask=mask)
+            at = dv_ptr + at_value + row[:, None] * (H * V) + column[None, :]
+            tl.store(at, dv, mask=keep[:, None] & inside[None, :])
     v_dv = v_du * beta
+    below = row[:, None] > row[None, :]
     dsystem = tl.where(below, dsystem * -k_length[None, :], 0.0)
     da = -da
     if DECAY == SCALAR:
@@ -177,17 +228,20 @@ def chunk_gradients(
         dsystem = dsystem * tl.exp2(tl.where(below, read[:, None] - total[None, :], 0.0))
     da = tl.dot(dsystem.to(dtype), k, da, input_precision=DOT)
     if ERASE:
-        erase = load_rows(a_ptr, rows, stride_at, channel, keep, K, TK)
+        a_ptr += start * stride_at + (head // GROUP) * stride_ah
+        erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys)
     else:
         erase = k
     erased = tl.sum(erase.to(tl.float32) * da, 1) * a_length
-    part = (tile * tokens.to(tl.int64) + rows) * H + head
+    part = (tile * tokens.to(tl.int64) + start) * H + head
     if HAS_BETA:
-        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + erased, mask=keep)
+        tl.store(dbeta_ptr + part + row * H, tl.where(tile == 0, v_du, 0.0) + erased, mask=keep)
     erased = erased * beta
     dk = da * beta[:, None]
+    at_key = (start * H + head) * K
+    mask = keep[:, None] & in_keys[None, :]
     if ERASE:
-        store_rows(da_ptr + head * K, dk, w_du - v_dv, erase, a_length, rows, H * K, channel, key_mask, NORMALIZE)
+        store_rows(da_ptr + at_key, dk, w_du - v_dv, erase, a_length, row, H * K, channel, mask, NORMALIZE)
         dk = tl.zeros([C, TK], tl.float32)
         along = w_du
     else:
@@ -198,37 +252,40 @@ def chunk_gradients(
     dsystem_t = tl.zeros([C, C], tl.float32)
     if DECAY == SCALAR:
         in_dk = 0.0 if ERASE else erased  # what of k . dk is not the write key's
+        closing = tl.exp2(whole - total)
     overlap = tl.zeros([TK], tl.float32)  # <S, dS'> by key
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        mask = keep[:, None] & inside[None, :]
-        write = tl.load(write_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
-        do = tl.load(do_ptr + rows[:, None] * stride_ot + column[None, :], mask=mask, other=0.0)
-        du = tl.load(du_ptr + at_value[:, None] + column[None, :], mask=mask, other=0.0)
-        in_state = in_keys[:, None] & inside[None, :]
-        dstate = tl.load(dstate_ptr + cell + column[None, :], mask=in_state, other=0.0)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside)
+        dstate = tile_of(dstate_ptr, channel, V, column, in_keys, inside)
         dscores_t = tl.dot(write, tl.trans(do), dscores_t, input_precision=DOT)
         dsystem_t = tl.dot(write, tl.trans(du), dsystem_t, input_precision=DOT)
         if DECAY == SCALAR:
-            state = tl.load(state_ptr + cell + column[None, :], mask=in_state, other=0.0)
+            state = tile_of(state_ptr, channel, V, column, in_keys, inside)
             overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-            write = (write.to(tl.float32) * tl.exp2(whole - total)[:, None]).to(dtype)
+            write = (write.to(tl.float32) * closing[:, None]).to(dtype)
         dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
-    dscores_t = tl.where(below, 0.0, dscores_t * q_length[None, :])
-    dsystem_t = tl.where(above, dsystem_t * (-beta * a_length)[None, :], 0.0)
+    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
+    dscores_t = tl.where(row[:, None] > row[None, :], 0.0, dscores_t * q_length[None, :])
+    dsystem_t = tl.where(row[:, None] < row[None, :], dsystem_t * (-beta * a_length)[None, :], 0.0)
     if DECAY == SCALAR:
-        dscores_t = dscores_t * tl.exp2(tl.where(below, 0.0, total[None, :] - total[:, None]))
-        dsystem_t = dsystem_t * tl.exp2(tl.where(above, read[None, :] - total[:, None], 0.0))
+        after = tl.where(row[:, None] > row[None, :], 0.0, total[None, :] - total[:, None])
+        dscores_t = dscores_t * tl.exp2(after)
+        if EXCLUSIVE:
+            after = tl.where(row[:, None] < row[None, :], read[None, :] - total[:, None], 0.0)
+        dsystem_t = dsystem_t * tl.exp2(after)
         to_end = tl.sum(k.to(tl.float32) * dk, 1) * k_length - in_dk
         dwhole = tl.sum(overlap, 0) * tl.exp2(whole) + tl.sum(to_end, 0)
-    q = load_rows(q_ptr, rows, stride_qt, channel, keep, K, TK)
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys)
     dk = tl.dot(dscores_t.to(dtype), q, dk, input_precision=DOT)
     dk = tl.dot(dsystem_t.to(dtype), erase, dk, input_precision=DOT)
     if DECAY == SCALAR:
-        dtotal += erased + in_dk - tl.sum(k.to(tl.float32) * dk, 1) * k_length
+        dtotal = erased + in_dk - tl.sum(k.to(tl.float32) * dk, 1) * k_length
         ddecay = tl.sum(dtotal, 0) + dwhole - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
         if EXCLUSIVE:
             ddecay -= erased
-        tl.store(ddecay_ptr + part, ddecay, mask=keep)
-    store_rows(dk_ptr + head * K, dk, along, k, k_length, rows, H * K, channel, key_mask, NORMALIZE)
+        tl.store(ddecay_ptr + part + row * H, ddecay, mask=keep)
+    store_rows(dk_ptr + at_key, dk, along, k, k_length, row, H * K, channel, mask, NORMALIZE)

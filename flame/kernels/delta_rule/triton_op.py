@@ -11,8 +11,13 @@ from torch import Tensor
 from flame.kernels import tiles
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
-from flame.kernels.delta_rule.triton_gradients import chunk_gradients
-from flame.kernels.delta_rule.triton_keys import cumulate, key_gradients, prepare_keys
+from flame.kernels.delta_rule.triton_gradients import key_value_gradients, query_gradients
+from flame.kernels.delta_rule.triton_keys import (
+    cumulate,
+    key_decay_key_gradients,
+    key_decay_query_gradients,
+    prepare_keys,
+)
 from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, prepare
 from flame.kernels.delta_rule.triton_sweep import forward_sweep, merge_segments, reverse_sweep
 
@@ -324,35 +329,44 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
-    name = "gradients" if p.total is None else "key gradients"
-    tile = c.tile(name, {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1})
-    tiles_of_keys = triton.cdiv(c.K, tile["TK"])
-    parts = (tiles_of_keys, *heads)
-    dbeta = c.new(0) if c.beta is None else c.new(*parts, dtype=torch.float32)
-    shape = {NONE.value: (0,), SCALAR.value: parts, KEY.value: (*heads, c.K)}[c.decay_kind]
+    kind = "" if p.total is None else "key decay "
+    tile = c.tile(kind + "gradients", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1})
+    key_tiles = triton.cdiv(c.K, tile["TK"])
+    # Queries and keys make a part each of a scalar decay's gradient, in every tile of keys.
+    dbeta = c.new(0) if c.beta is None else c.new(key_tiles, *heads, dtype=torch.float32)
+    shape = {NONE.value: (0,), SCALAR.value: (2, key_tiles, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
     ddecay = c.new(*shape, dtype=torch.float32)
     if c.packed:  # the documents may end before the row does
         for x in (dq, dk, dv, derase, dbeta, ddecay):
             x.zero_()
     common = {name: value for name, value in c.sizes().items() if name != "BK"}
-    common |= {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "DOT": c.precision(), **tile}
-    common |= {"stride_ot": do.stride(1), "stride_oh": do.stride(2)}
-    grid, rows = (c.cut.num_chunks * c.H * tiles_of_keys,), c.q.shape[0] * c.q.shape[1]
+    common |= {"NORMALIZE": c.normalize, "DOT": c.precision(), "stride_ot": do.stride(1), "stride_oh": do.stride(2)}
+    grid, rows = (c.cut.num_chunks * c.H * key_tiles,), c.q.shape[0] * c.q.shape[1]
+    states, dstates, writes, du = pieces
     if p.total is not None:
-        key_gradients[grid](
-            c.q, c.k, c.v, o, do, p.total, p.vectors, c.plan.chunks, *pieces, dq, dk, dv, dbeta, ddecay, c.scale,
-            rows, **c.strides("q", "k", "v"), **common,
+        key_decay_query_gradients[grid](
+            c.q, c.k, o, do, p.total, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale,
+            **c.strides("q", "k"), **common, **tile,
+        )  # fmt: skip
+        key_decay_key_gradients[grid](
+            c.q, c.k, c.v, do, p.total, p.vectors, c.plan.chunks, states, dstates, writes, du, dk, dv, dbeta, ddecay,
+            rows, HAS_BETA=c.beta is not None, **c.strides("q", "k", "v"), **common, **tile,
         )  # fmt: skip
     else:
-        chunk_gradients[grid](
-            c.q, c.k, c.v, c.k if c.erase is None else c.erase, o, do, p.vectors, c.plan.chunks, *pieces, dq, dk,
-            derase, dv, dbeta, ddecay, c.scale, rows, **c.strides("q", "k", "a", "v"), **common,
-            **c.kind(),
+        parts = (ddecay, ddecay) if c.decay is None else (ddecay[0], ddecay[1])
+        query_gradients[grid](
+            c.q, c.k, o, do, p.vectors, c.plan.chunks, states, writes, dq, parts[0], c.scale, rows,
+            DECAY=c.decay_kind, **c.strides("q", "k"), **common, **tile,
+        )  # fmt: skip
+        key_value_gradients[grid](
+            c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, p.vectors, c.plan.chunks, states, dstates, writes,
+            du, dk, derase, dv, dbeta, parts[1], rows, HAS_BETA=c.beta is not None, **c.kind(),
+            **c.strides("q", "k", "a", "v"), **common, **tile,
         )  # fmt: skip
     dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
     derase = derase if c.erase is None else _sum_groups(derase, c.erase)
     dbeta = dbeta if c.beta is None else dbeta.sum(0).to(c.beta.dtype)
-    ddecay = ddecay.sum(0) if c.decay_kind == SCALAR.value else ddecay
+    ddecay = ddecay.sum((0, 1)) if c.decay_kind == SCALAR.value else ddecay
     ddecay = ddecay if c.decay is None else ddecay.to(c.decay.dtype)
     return [dq, dk, dv, dbeta, ddecay, derase]
 
