@@ -6,8 +6,8 @@ W dS'^T, the erase read's dA from dU S^T. Gradients of beta and the decays are s
 keys stores its part of them. Taking the rows' lengths out of dq and dk needs whole sums at once: they are had from value
 channels, q . dq = o . do, and k . dk = w . du for the write, w . du - v . dv for the erase read.
 
-Queries and keys have a kernel each, which keeps registers few. Both score gradients are formed twice, once transposed, by a product of their own: a transposed accumulator fed to another
-product is miscompiled on Hopper by Triton 3.4 to 3.7.
+Queries and keys have a kernel each, which keeps registers few. Both score gradients are formed twice, once transposed, by a
+product of their own: a transposed accumulator fed to another product is miscompiled on Hopper by Triton 3.4 to 3.7.
 """
 
 from __future__ import annotations
@@ -24,14 +24,8 @@ from flame.kernels.delta_rule.triton_prepare import (
     ROWS,
     SCALAR,
     TOTAL,
-    load_rows,
+    tile_of,
 )
-
-
-@triton.jit
-def tile_of(ptr, row, stride, column, keep, inside):
-    """Tile [rows, columns] at the base `ptr`; offsets within a chunk fit 32 bits, and cost half the registers."""
-    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flame.kernels.delta_rule.triton_gradients import store_rows, tile_of
+from flame.kernels.delta_rule.triton_gradients import store_rows
 from flame.kernels.delta_rule.triton_prepare import (
     BETA,
     K_LENGTH,
@@ -19,7 +19,7 @@ from flame.kernels.delta_rule.triton_prepare import (
     ROWS,
     inverse_length,
     invert,
-    load_rows,
+    tile_of,
 )
 
 
@@ -36,16 +36,17 @@ def cumulate(
 ):
     program = tl.program_id(0)
     chunk, head = program // H, program % H
-    start = tl.load(chunk_ptr + 2 * chunk)
+    start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
     row = tl.arange(0, C)
     keep = row < length
-    rows = (start + row).to(tl.int64)
     channel = tl.arange(0, BK)
-    log = load_rows(decay_ptr + head * K, rows, H * K, channel, keep, K, BK).to(tl.float32) * LOG2E
-    mask = keep[:, None] & (channel < K)[None, :]
-    tl.store(total_ptr + (rows * H + head)[:, None] * K + channel[None, :], tl.cumsum(log, 0), mask=mask)
-    tl.store(factor_ptr + program.to(tl.int64) * K + channel, tl.exp2(tl.sum(log, 0)), mask=channel < K)
+    in_keys = channel < K
+    at_key = (start * H + head) * K
+    log = tile_of(decay_ptr + at_key, row, H * K, channel, keep, in_keys).to(tl.float32) * LOG2E
+    mask = keep[:, None] & in_keys[None, :]
+    tl.store(total_ptr + at_key + row[:, None] * (H * K) + channel[None, :], tl.cumsum(log, 0), mask=mask)
+    tl.store(factor_ptr + program.to(tl.int64) * K + channel, tl.exp2(tl.sum(log, 0)), mask=in_keys)
 
 
 @triton.jit

@@ -119,6 +119,10 @@ def default_value_tile(K: int, V: int) -> int:
     return min(padded(V), 64 if K <= 128 else 32)
 
 
+def sweep_tile(K: int, V: int) -> dict[str, int]:
+    return {"BV": default_value_tile(K, V), "PREFETCH": 1, "num_warps": 4, "num_stages": 1 if K <= 128 else 2}
+
+
 def cut_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Cut:
     columns = v.shape[2] * -(-v.shape[3] // default_value_tile(k.shape[3], v.shape[3]))
     documents = None if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -211,7 +215,7 @@ def run_forward(
     """One forward sweep: store outputs, or states before the chunks with the writes, or the items' maps into `final`."""
     c = p.call
     name = "maps" if maps else "states" if states is not None else "forward"
-    tile = c.tile(name, {"BV": default_value_tile(c.K, c.V), "num_warps": 4, "num_stages": 2})
+    tile = c.tile(name, sweep_tile(c.K, c.V))
     width = c.V + c.K if maps else c.V
     grid = (triton.cdiv(width, tile["BV"]), c.cut.num_items * c.H)
     before, writes = (None, None) if states is None else states
@@ -231,8 +235,7 @@ def run_reverse(
 ) -> None:
     """One reverse sweep: store gradients of the states after the chunks and dU, or (store None) only each item's dB."""
     c = p.call
-    default = {"BV": default_value_tile(c.K, c.V), "num_warps": 4, "num_stages": 2}
-    tile = c.tile("reverse" if store else "reverse maps", default)
+    tile = c.tile("reverse" if store else "reverse maps", sweep_tile(c.K, c.V))
     dstates, du = (None, None) if store is None else store
     reverse_sweep[(triton.cdiv(c.V, tile["BV"]), c.cut.num_items * c.H)](
         c.q, c.k, c.k if c.erase is None else c.erase, do, *p.tables(), closing, opening, dstates, du,

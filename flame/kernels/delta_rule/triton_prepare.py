@@ -24,12 +24,9 @@ ROWS = tl.constexpr(6)
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, columns, keep, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Tile [C, PADDED] of a row-major matrix; 0 outside."""
-    mask = keep[:, None]
-    if PADDED != WIDTH:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+def tile_of(ptr, row, stride, column, keep, inside):
+    """Tile [rows, columns] at the base `ptr`; offsets within a chunk fit 32 bits, and cost half the registers."""
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -101,14 +98,14 @@ def prepare(
 ):
     program = tl.program_id(0)
     chunk, head = program // H, program % H
-    start = tl.load(chunk_ptr + 2 * chunk)
+    start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
     row = tl.arange(0, C)
     keep = row < length
-    rows = (start + row).to(tl.int64)
     channel = tl.arange(0, BK)
-    q = load_rows(q_ptr + (head // GROUP) * stride_qh, rows, stride_qt, channel, keep, K, BK)
-    k = load_rows(k_ptr + (head // GROUP) * stride_kh, rows, stride_kt, channel, keep, K, BK)
+    in_keys = channel < K
+    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
+    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
     vector = vector_ptr + program.to(tl.int64) * (ROWS * C) + row
     q_length = tl.full([C], 1.0, tl.float32)
     k_length = tl.full([C], 1.0, tl.float32)
@@ -121,13 +118,14 @@ def prepare(
     tl.store(vector + K_LENGTH * C, k_length)
     beta = tl.full([C], 1.0, tl.float32)
     if HAS_BETA:
-        beta = tl.load(beta_ptr + rows * H + head, mask=keep, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
     tl.store(vector + BETA * C, beta)
 
     keys = tl.trans(k)
     scores = tl.dot(q, keys, input_precision=DOT) * q_length[:, None] * k_length[None, :]
     if ERASE:
-        a = load_rows(a_ptr + (head // GROUP) * stride_ah, rows, stride_at, channel, keep, K, BK)
+        a_ptr += start * stride_at + (head // GROUP) * stride_ah
+        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys)
         if NORMALIZE:
             a_length = inverse_length(a, NORM_EPS)
         tl.store(vector + A_LENGTH * C, a_length)
@@ -138,7 +136,7 @@ def prepare(
     lower = row[:, None] >= row[None, :]
     below = row[:, None] > row[None, :]
     if DECAY == SCALAR:
-        log = tl.load(decay_ptr + rows * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
+        log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
         total = tl.cumsum(log, 0)
         read = total
         tl.store(vector + TOTAL * C, total)
