@@ -24,6 +24,7 @@ from flame.kernels.delta_rule.triton_prepare import (
     ROWS,
     SCALAR,
     TOTAL,
+    state_tile,
     tile_of,
 )
 
@@ -92,13 +93,13 @@ def query_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
-        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside, V % BV == 0)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dscores = tl.dot(do, tl.trans(write), dscores, input_precision=DOT)
         dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
         if NORMALIZE:
-            o = tile_of(o_ptr + at_value, row, H * V, column, keep, inside)
+            o = tile_of(o_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
             o_do += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     q_length = tl.load(vector + Q_LENGTH * C) / scale
     above = row[:, None] < row[None, :]
@@ -107,9 +108,13 @@ def query_gradients(
         total = tl.load(vector + TOTAL * C)
         dq = dq * tl.exp2(total)[:, None]
         dscores = dscores * tl.exp2(tl.where(above, 0.0, total[:, None] - total[None, :]))
-    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
+    k = tile_of(
+        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K % TK == 0
+    )
     dq = tl.dot(dscores.to(dtype), k, dq, input_precision=DOT) * scale
-    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
+    q = tile_of(
+        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K % TK == 0
+    )
     if DECAY == SCALAR:
         dtotal = tl.sum(q.to(tl.float32) * dq, 1) * q_length
         ddecay = tl.sum(dtotal, 0) - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
@@ -190,7 +195,9 @@ def key_value_gradients(
         total = tl.load(vector + TOTAL * C)
         whole = tl.load(vector_ptr + block * (ROWS * C) + TOTAL * C + C - 1)
         read = tl.load(vector + READ * C) if EXCLUSIVE else total
-    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
+    k = tile_of(
+        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K % TK == 0
+    )
 
     # da: gradient of the unit erase key, which opens the sum for the write key where that is the same.
     dsystem = tl.zeros([C, C], tl.float32)
@@ -200,13 +207,13 @@ def key_value_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside)
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
-        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dsystem = tl.dot(du, tl.trans(write), dsystem, input_precision=DOT)
         da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
         wide = du.to(tl.float32)
-        v = tile_of(v_ptr, row, stride_vt, column, keep, inside)
+        v = tile_of(v_ptr, row, stride_vt, column, keep, inside, V % BV == 0)
         v_du += tl.sum(wide * v.to(tl.float32), 1)
         w_du += tl.sum(wide * write.to(tl.float32), 1)
         if tile == 0:
@@ -223,7 +230,7 @@ def key_value_gradients(
     da = tl.dot(dsystem.to(dtype), k, da, input_precision=DOT)
     if ERASE:
         a_ptr += start * stride_at + (head // GROUP) * stride_ah
-        erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys)
+        erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0)
     else:
         erase = k
     erased = tl.sum(erase.to(tl.float32) * da, 1) * a_length
@@ -251,14 +258,14 @@ def key_value_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
-        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
-        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside)
-        dstate = tile_of(dstate_ptr, channel, V, column, in_keys, inside)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside, V % BV == 0)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dscores_t = tl.dot(write, tl.trans(do), dscores_t, input_precision=DOT)
         dsystem_t = tl.dot(write, tl.trans(du), dsystem_t, input_precision=DOT)
         if DECAY == SCALAR:
-            state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+            state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
             overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
             write = (write.to(tl.float32) * closing[:, None]).to(dtype)
         dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
@@ -273,7 +280,7 @@ def key_value_gradients(
         dsystem_t = dsystem_t * tl.exp2(after)
         to_end = tl.sum(k.to(tl.float32) * dk, 1) * k_length - in_dk
         dwhole = tl.sum(overlap, 0) * tl.exp2(whole) + tl.sum(to_end, 0)
-    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys)
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
     dk = tl.dot(dscores_t.to(dtype), q, dk, input_precision=DOT)
     dk = tl.dot(dsystem_t.to(dtype), erase, dk, input_precision=DOT)
     if DECAY == SCALAR:

@@ -19,6 +19,7 @@ from flame.kernels.delta_rule.triton_prepare import (
     ROWS,
     inverse_length,
     invert,
+    state_tile,
     tile_of,
 )
 
@@ -43,7 +44,7 @@ def cumulate(
     channel = tl.arange(0, BK)
     in_keys = channel < K
     at_key = (start * H + head) * K
-    log = tile_of(decay_ptr + at_key, row, H * K, channel, keep, in_keys).to(tl.float32) * LOG2E
+    log = tile_of(decay_ptr + at_key, row, H * K, channel, keep, in_keys, K == BK).to(tl.float32) * LOG2E
     mask = keep[:, None] & in_keys[None, :]
     tl.store(total_ptr + at_key + row[:, None] * (H * K) + channel[None, :], tl.cumsum(log, 0), mask=mask)
     tl.store(factor_ptr + program.to(tl.int64) * K + channel, tl.exp2(tl.sum(log, 0)), mask=in_keys)
@@ -119,9 +120,13 @@ def prepare_keys(
     in_keys = channel < K
     at_key = (start * H + head) * K
     total_ptr += at_key
-    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
-    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys)
+    q = tile_of(
+        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K == BK
+    )
+    k = tile_of(
+        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K == BK
+    )
+    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K == BK)
     q_length = tl.full([C], 1.0, tl.float32)
     k_length = tl.full([C], 1.0, tl.float32)
     if NORMALIZE:
@@ -224,17 +229,19 @@ def key_decay_query_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
-        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside, V % BV == 0)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dscores = tl.dot(do, tl.trans(write), dscores, input_precision=DOT)
         dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
         if NORMALIZE:
-            o = tile_of(o_ptr + at_value, row, H * V, column, keep, inside)
+            o = tile_of(o_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
             o_do += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     k_length = tl.load(vector + K_LENGTH * C)
-    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys)
+    k = tile_of(
+        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K % TK == 0
+    )
+    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
     dscores = dscores * k_length[None, :]
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dscores, 0.0), 1)
     dscores = dscores.to(dtype)
@@ -246,7 +253,9 @@ def key_decay_query_gradients(
         dq += decay * tl.dot(chosen, (k * decay).to(dtype), input_precision=DOT)
         half = half // 2
     dq = dq * scale
-    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
+    q = tile_of(
+        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K % TK == 0
+    )
     q_length = tl.load(vector + Q_LENGTH * C) / scale
     dtotal = q * dq * q_length[:, None]
     ddecay = tl.sum(dtotal, 0)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
@@ -318,8 +327,10 @@ def key_decay_key_gradients(
     total_ptr += at_key
     beta = tl.load(vector + BETA * C)
     k_length = tl.load(vector + K_LENGTH * C)
-    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys)
+    k = tile_of(
+        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K % TK == 0
+    )
+    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
 
     # da: of the erase read.
     dsystem = tl.zeros([C, C], tl.float32)
@@ -329,13 +340,13 @@ def key_decay_key_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside)
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
-        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dsystem = tl.dot(du, tl.trans(write), dsystem, input_precision=DOT)
         da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
         wide = du.to(tl.float32)
-        v = tile_of(v_ptr, row, stride_vt, column, keep, inside)
+        v = tile_of(v_ptr, row, stride_vt, column, keep, inside, V % BV == 0)
         v_du += tl.sum(wide * v.to(tl.float32), 1)
         w_du += tl.sum(wide * write.to(tl.float32), 1)
         if tile == 0:
@@ -364,11 +375,11 @@ def key_decay_key_gradients(
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside)
-        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
-        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside)
-        dstate = tile_of(dstate_ptr, channel, V, column, in_keys, inside)
-        state = tile_of(state_ptr, channel, V, column, in_keys, inside)
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside, V % BV == 0)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
+        state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
         dscores_t = tl.dot(write, tl.trans(do), dscores_t, input_precision=DOT)
         dsystem_t = tl.dot(write, tl.trans(du), dsystem_t, input_precision=DOT)
@@ -376,7 +387,9 @@ def key_decay_key_gradients(
     whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
     dk = dk * tl.exp2(tl.minimum(whole[None, :] - total, 0.0))
     dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk * k_length[:, None], 0)
-    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
+    q = tile_of(
+        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K % TK == 0
+    )
     q_length = tl.load(vector + Q_LENGTH * C)  # scale included
     dscores_t = dscores_t * q_length[None, :]
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], dscores_t, 0.0), 1)

@@ -120,7 +120,7 @@ def default_value_tile(K: int, V: int) -> int:
 
 
 def sweep_tile(K: int, V: int) -> dict[str, int]:
-    return {"BV": default_value_tile(K, V), "PREFETCH": 1, "num_warps": 4, "num_stages": 1 if K <= 128 else 2}
+    return {"BV": default_value_tile(K, V), "num_warps": 4, "num_stages": 1 if K <= 128 else 2}
 
 
 def cut_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Cut:

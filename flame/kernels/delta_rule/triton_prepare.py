@@ -24,9 +24,23 @@ ROWS = tl.constexpr(6)
 
 
 @triton.jit
-def tile_of(ptr, row, stride, column, keep, inside):
-    """Tile [rows, columns] at the base `ptr`; offsets within a chunk fit 32 bits, and cost half the registers."""
-    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=keep[:, None] & inside[None, :], other=0.0)
+def tile_of(ptr, row, stride, column, keep, inside, WHOLE: tl.constexpr = False):
+    """Tile [rows, columns] at the base `ptr`, 0 outside; offsets within a chunk fit 32 bits, which saves registers.
+
+    WHOLE: every column is inside, so that only rows need a mask."""
+    mask = keep[:, None] if WHOLE else keep[:, None] & inside[None, :]
+    return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def state_tile(ptr, channel, stride, column, in_keys, inside, WHOLE: tl.constexpr):
+    """Tile [keys, values] of a state; WHOLE: no channel of it is padding."""
+    at = ptr + channel[:, None] * stride + column[None, :]
+    if WHOLE:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=in_keys[:, None] & inside[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -104,8 +118,12 @@ def prepare(
     keep = row < length
     channel = tl.arange(0, BK)
     in_keys = channel < K
-    q = tile_of(q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys)
-    k = tile_of(k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys)
+    q = tile_of(
+        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K == BK
+    )
+    k = tile_of(
+        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K == BK
+    )
     vector = vector_ptr + program.to(tl.int64) * (ROWS * C) + row
     q_length = tl.full([C], 1.0, tl.float32)
     k_length = tl.full([C], 1.0, tl.float32)
@@ -125,7 +143,7 @@ def prepare(
     scores = tl.dot(q, keys, input_precision=DOT) * q_length[:, None] * k_length[None, :]
     if ERASE:
         a_ptr += start * stride_at + (head // GROUP) * stride_ah
-        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys)
+        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K == BK)
         if NORMALIZE:
             a_length = inverse_length(a, NORM_EPS)
         tl.store(vector + A_LENGTH * C, a_length)

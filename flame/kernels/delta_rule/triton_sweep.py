@@ -25,11 +25,19 @@ from flame.kernels.delta_rule.triton_prepare import (
     ROWS,
     SCALAR,
     TOTAL,
-    tile_of,
 )
 
 FIRST = tl.constexpr(1)  # the item opens its sequence
 LAST = tl.constexpr(2)  # it ends its sequence
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, columns, keep, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Tile [C, PADDED] of a row-major matrix; 0 outside."""
+    mask = keep[:, None]
+    if PADDED != WIDTH:
+        mask = mask & (columns < WIDTH)[None, :]
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -71,7 +79,6 @@ def forward_sweep(
     MAP: tl.constexpr,  # S' = M S + B over the item: B from zero in the first V columns, then M from I and v = 0
     HAS_INITIAL: tl.constexpr,
     HAS_FINAL: tl.constexpr,
-    PREFETCH: tl.constexpr,  # load the next chunk's rows before this one's products
     DOT: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -89,13 +96,10 @@ def forward_sweep(
     channel = tl.arange(0, BK)
     column = tile * BV + tl.arange(0, BV)
     inside = column < V
-    in_keys = channel < K
-    at = start.to(tl.int64)
-    k_ptr += at * stride_kt + (head // GROUP) * stride_kh
-    q_ptr += at * stride_qt + (head // GROUP) * stride_qh
-    a_ptr += at * stride_at + (head // GROUP) * stride_ah
-    v_ptr += at * stride_vt + head * stride_vh
-    at_value = (at * H + head) * V
+    k_ptr += (head // GROUP) * stride_kh
+    q_ptr += (head // GROUP) * stride_qh
+    a_ptr += (head // GROUP) * stride_ah
+    v_ptr += head * stride_vh
     cell = channel[:, None] * V + column[None, :]
     in_state = (channel < K)[:, None] & inside[None, :]
     slot = (item.to(tl.int64) * H + head) * K * V
@@ -105,31 +109,17 @@ def forward_sweep(
     if MAP:
         state = tl.where(channel[:, None] + V == column[None, :], 1.0, 0.0)
     square = row[:, None] * C + row[None, :]
-    value_cell = row[:, None] * (H * V) + column[None, :]
-    if PREFETCH:
-        keep = start + row < end
-        there = start + row * 0 < end
-        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys)
-        v = tile_of(v_ptr, row, stride_vt, column, keep, inside)
-        inverse = tl.load(inverse_ptr + (chunk * H + head) * (C * C) + square, mask=there[:, None], other=0.0)
 
     for first in range(start, end, C):
         keep = first + row < end
+        rows = (first + row).to(tl.int64)
         block = chunk * H + head
         vector = vector_ptr + block * (ROWS * C) + row
-        if PREFETCH:
-            keep_next = first + C + row < end
-            there = first + C + row * 0 < end
-            k_next = tile_of(k_ptr + C * stride_kt, row, stride_kt, channel, keep_next, in_keys)
-            v_next = tile_of(v_ptr + C * stride_vt, row, stride_vt, column, keep_next, inside)
-            inverse_next = tl.load(inverse_ptr + (block + H) * (C * C) + square, mask=there[:, None], other=0.0)
-        else:
-            k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys)
-            v = tile_of(v_ptr, row, stride_vt, column, keep, inside)
-            inverse = tl.load(inverse_ptr + block * (C * C) + square)
-        if OUTPUT:
-            q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys)
-            scores = tl.load(score_ptr + block * (C * C) + square)
+        k = load_rows(k_ptr, rows, stride_kt, channel, keep, K, BK)
+        v = tl.load(
+            v_ptr + rows[:, None] * stride_vt + column[None, :], mask=keep[:, None] & inside[None, :], other=0.0
+        )
+        inverse = tl.load(inverse_ptr + block * (C * C) + square)
         beta = tl.load(vector + BETA * C)
         if DECAY != KEY:
             to_state = tl.load(vector + K_LENGTH * C)
@@ -144,7 +134,7 @@ def forward_sweep(
         if STATES:
             tl.store(state_ptr + block * (K * V) + cell, low, mask=in_state)
         if ERASE:
-            erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys)
+            erase = load_rows(a_ptr, rows, stride_at, channel, keep, K, BK)
         else:
             erase = k
         held = tl.dot(erase, low, input_precision=DOT)
@@ -152,9 +142,12 @@ def forward_sweep(
             held = from_state[:, None] * held
         error = (v.to(tl.float32) - held) * beta[:, None]
         write = tl.dot(inverse, error.to(dtype), input_precision=DOT)
+        at_value = (rows[:, None] * H + head) * V + column[None, :]
         if STATES:
-            tl.store(write_ptr + at_value + value_cell, write.to(dtype), mask=keep[:, None] & inside[None, :])
+            tl.store(write_ptr + at_value, write.to(dtype), mask=keep[:, None] & inside[None, :])
         if OUTPUT:
+            q = load_rows(q_ptr, rows, stride_qt, channel, keep, K, BK)
+            scores = tl.load(score_ptr + block * (C * C) + square)
             o = tl.dot(q, low, input_precision=DOT)
             if DECAY != KEY:
                 q_factor = tl.load(vector + Q_LENGTH * C)
@@ -162,7 +155,7 @@ def forward_sweep(
                     q_factor = q_factor * tl.exp2(total)
                 o = o * q_factor[:, None]
             o = tl.dot(scores, write.to(dtype), o, input_precision=DOT)
-            tl.store(o_ptr + at_value + value_cell, o.to(o_ptr.dtype.element_ty), mask=keep[:, None] & inside[None, :])
+            tl.store(o_ptr + at_value, o.to(o_ptr.dtype.element_ty), mask=keep[:, None] & inside[None, :])
         if DECAY != KEY:
             write = write * to_state[:, None]
         write = write.to(dtype)
@@ -173,15 +166,6 @@ def forward_sweep(
             state = state * factor[:, None]
         state = tl.dot(tl.trans(k), write, state, input_precision=DOT)
         chunk += 1
-        at_value += C * H * V
-        k_ptr += C * stride_kt
-        q_ptr += C * stride_qt
-        a_ptr += C * stride_at
-        v_ptr += C * stride_vt
-        if PREFETCH:
-            k = k_next
-            v = v_next
-            inverse = inverse_next
 
     if MAP:
         slot = (item.to(tl.int64) * H + head) * K * (V + K)
@@ -231,7 +215,6 @@ def reverse_sweep(
     MAP: tl.constexpr,
     HAS_CLOSING: tl.constexpr,
     HAS_OPENING: tl.constexpr,
-    PREFETCH: tl.constexpr,
     DOT: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -250,13 +233,10 @@ def reverse_sweep(
     channel = tl.arange(0, BK)
     column = tile * BV + tl.arange(0, BV)
     inside = column < V
-    in_keys = channel < K
-    at = (start + (chunks - 1) * C).to(tl.int64)  # the last chunk's first row
-    k_ptr += at * stride_kt + (head // GROUP) * stride_kh
-    q_ptr += at * stride_qt + (head // GROUP) * stride_qh
-    a_ptr += at * stride_at + (head // GROUP) * stride_ah
-    do_ptr += at * stride_ot + head * stride_oh
-    at_value = (at * H + head) * V
+    k_ptr += (head // GROUP) * stride_kh
+    q_ptr += (head // GROUP) * stride_qh
+    a_ptr += (head // GROUP) * stride_ah
+    do_ptr += head * stride_oh
     cell = channel[:, None] * V + column[None, :]
     in_state = (channel < K)[:, None] & inside[None, :]
     slot = (item.to(tl.int64) * H + head) * K * V
@@ -264,33 +244,20 @@ def reverse_sweep(
     if HAS_CLOSING:
         dstate = tl.load(closing_ptr + slot + cell, mask=in_state, other=0.0)
     square = row[:, None] * C + row[None, :]
-    value_cell = row[:, None] * (H * V) + column[None, :]
-    if PREFETCH:
-        there = row * 0 + chunks > 0
-        keep = (start + (chunks - 1) * C + row < end) & there
-        block = (chunk - 1) * H + head
-        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys)
-        do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
-        inverse = tl.load(inverse_ptr + block * (C * C) + square, mask=there[:, None], other=0.0)
-        scores = tl.load(score_ptr + block * (C * C) + square, mask=there[:, None], other=0.0)
 
     for step in range(chunks):
+        first = start + (chunks - 1 - step) * C
         chunk -= 1
-        keep = start + (chunks - 1 - step) * C + row < end
+        keep = first + row < end
+        rows = (first + row).to(tl.int64)
         block = chunk * H + head
         vector = vector_ptr + block * (ROWS * C) + row
-        q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys)
-        if PREFETCH:
-            there = row * 0 + step + 1 < chunks
-            k_next = tile_of(k_ptr - C * stride_kt, row, stride_kt, channel, there, in_keys)
-            do_next = tile_of(do_ptr - C * stride_ot, row, stride_ot, column, there, inside)
-            inverse_next = tl.load(inverse_ptr + (block - H) * (C * C) + square, mask=there[:, None], other=0.0)
-            scores_next = tl.load(score_ptr + (block - H) * (C * C) + square, mask=there[:, None], other=0.0)
-        else:
-            k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys)
-            do = tile_of(do_ptr, row, stride_ot, column, keep, inside)
-            inverse = tl.load(inverse_ptr + block * (C * C) + square)
-            scores = tl.load(score_ptr + block * (C * C) + square)
+        q = load_rows(q_ptr, rows, stride_qt, channel, keep, K, BK)
+        k = load_rows(k_ptr, rows, stride_kt, channel, keep, K, BK)
+        in_rows = keep[:, None] & inside[None, :]
+        do = tl.load(do_ptr + rows[:, None] * stride_ot + column[None, :], mask=in_rows, other=0.0)
+        inverse = tl.load(inverse_ptr + block * (C * C) + square)
+        scores = tl.load(score_ptr + block * (C * C) + square)
         beta = tl.load(vector + BETA * C)
         taken_factor = -beta
         if DECAY != KEY:
@@ -315,7 +282,8 @@ def reverse_sweep(
         dwrite = tl.dot(tl.trans(scores), do, dwrite, input_precision=DOT)
         du = tl.dot(tl.trans(inverse), dwrite.to(dtype), input_precision=DOT)
         if STORE:
-            tl.store(du_ptr + at_value + value_cell, du.to(dtype), mask=keep[:, None] & inside[None, :])
+            at_value = (rows[:, None] * H + head) * V + column[None, :]
+            tl.store(du_ptr + at_value, du.to(dtype), mask=in_rows)
         if DECAY == SCALAR:
             dstate = dstate * tl.exp2(whole)
         if DECAY == KEY:
@@ -327,20 +295,10 @@ def reverse_sweep(
         dstate = tl.dot(tl.trans(q), seen, dstate, input_precision=DOT)
         taken = (du * taken_factor[:, None]).to(dtype)
         if ERASE:
-            erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys)
+            erase = load_rows(a_ptr, rows, stride_at, channel, keep, K, BK)
             dstate = tl.dot(tl.trans(erase), taken, dstate, input_precision=DOT)
         else:
             dstate = tl.dot(tl.trans(k), taken, dstate, input_precision=DOT)
-        at_value -= C * H * V
-        k_ptr -= C * stride_kt
-        q_ptr -= C * stride_qt
-        a_ptr -= C * stride_at
-        do_ptr -= C * stride_ot
-        if PREFETCH:
-            k = k_next
-            do = do_next
-            inverse = inverse_next
-            scores = scores_next
 
     if MAP:
         tl.store(opening_ptr + slot + cell, dstate, mask=in_state)
