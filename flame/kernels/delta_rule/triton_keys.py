@@ -13,41 +13,83 @@ import triton.language as tl
 from flame.kernels.delta_rule.triton_gradients import store_rows
 from flame.kernels.delta_rule.triton_prepare import (
     BETA,
+    BLOCK,
     K_LENGTH,
     LOG2E,
     Q_LENGTH,
     ROWS,
-    inverse_length,
     invert,
+    square_sum,
     state_tile,
+    store_block,
     tile_of,
 )
 
 
 @triton.jit
-def cumulate(
+def gate_rows(
+    q_ptr,
+    k_ptr,
     decay_ptr,  # [T, H, K] natural log
     chunk_ptr,
     total_ptr,  # [T, H, K] fp32, log2 decay since the chunk's start
     factor_ptr,  # [chunks, H, K] fp32, decay over the chunk
+    seen_ptr,  # [T, H, K] Q e^G, at unit length times scale
+    read_ptr,  # [T, H, K] K e^G, at unit length
+    written_ptr,  # [T, H, K] K e^(Gc - G), at unit length
+    scale,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
     H: tl.constexpr,
+    GROUP: tl.constexpr,
     K: tl.constexpr,
-    BK: tl.constexpr,
+    SLICE: tl.constexpr,
     C: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
 ):
     program = tl.program_id(0)
     chunk, head = program // H, program % H
     start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     row = tl.arange(0, C)
     keep = row < length
-    channel = tl.arange(0, BK)
-    in_keys = channel < K
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
     at_key = (start * H + head) * K
-    log = tile_of(decay_ptr + at_key, row, H * K, channel, keep, in_keys, K == BK).to(tl.float32) * LOG2E
-    mask = keep[:, None] & in_keys[None, :]
-    tl.store(total_ptr + at_key + row[:, None] * (H * K) + channel[None, :], tl.cumsum(log, 0), mask=mask)
-    tl.store(factor_ptr + program.to(tl.int64) * K + channel, tl.exp2(tl.sum(log, 0)), mask=in_keys)
+    q_factor = tl.full([C], 1.0, tl.float32)
+    k_factor = tl.full([C], 1.0, tl.float32)
+    if NORMALIZE:
+        q_square = tl.zeros([C], tl.float32)
+        k_square = tl.zeros([C], tl.float32)
+        for offset in range(0, K, SLICE):
+            channel = offset + tl.arange(0, SLICE)
+            in_keys = channel < K
+            q_square += square_sum(tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % SLICE == 0))
+            k_square += square_sum(tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % SLICE == 0))
+        q_factor = tl.rsqrt(q_square + NORM_EPS)
+        k_factor = tl.rsqrt(k_square + NORM_EPS)
+    q_factor = q_factor * scale
+    for offset in range(0, K, SLICE):
+        channel = offset + tl.arange(0, SLICE)
+        in_keys = channel < K
+        cell = row[:, None] * (H * K) + channel[None, :]
+        mask = keep[:, None] & in_keys[None, :]
+        log = tile_of(decay_ptr + at_key, row, H * K, channel, keep, in_keys, K % SLICE == 0).to(tl.float32) * LOG2E
+        total = tl.cumsum(log, 0)
+        whole = tl.sum(log, 0)
+        tl.store(total_ptr + at_key + cell, total, mask=mask)
+        tl.store(factor_ptr + program.to(tl.int64) * K + channel, tl.exp2(whole), mask=in_keys)
+        opened = tl.exp2(total)
+        q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % SLICE == 0) * q_factor[:, None]
+        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % SLICE == 0) * k_factor[:, None]
+        tl.store(seen_ptr + at_key + cell, (q * opened).to(dtype), mask=mask)
+        tl.store(read_ptr + at_key + cell, (k * opened).to(dtype), mask=mask)
+        closing = tl.exp2(tl.minimum(whole[None, :] - total, 0.0))
+        tl.store(written_ptr + at_key + cell, (k * closing).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -84,14 +126,10 @@ def prepare_keys(
     k_ptr,
     beta_ptr,  # [T, H]
     total_ptr,
-    factor_ptr,
     chunk_ptr,
     vector_ptr,
     inverse_ptr,
     score_ptr,
-    seen_ptr,  # [T, H, K] Q e^G, at unit length times scale
-    read_ptr,  # [T, H, K] K e^G, at unit length
-    written_ptr,  # [T, H, K] K e^(Gc - G), at unit length
     scale,
     stride_qt,
     stride_qh,
@@ -100,76 +138,101 @@ def prepare_keys(
     H: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
-    BK: tl.constexpr,
+    SLICE: tl.constexpr,
     C: tl.constexpr,
     HAS_BETA: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORM_EPS: tl.constexpr,
-    SCORES: tl.constexpr,  # else only the rows, again, for the backward
     DOT: tl.constexpr,
-    EXACT: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
+    """As triton_prepare.prepare. Blocks off the diagonal have their pivot at the end of the rows above, those on it are
+    halved."""
     program = tl.program_id(0)
     chunk, head = program // H, program % H
     start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
     dtype: tl.constexpr = k_ptr.dtype.element_ty
-    row = tl.arange(0, C)
-    keep = row < length
-    channel = tl.arange(0, BK)
-    in_keys = channel < K
-    at_key = (start * H + head) * K
-    total_ptr += at_key
-    q = tile_of(
-        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K == BK
-    )
-    k = tile_of(
-        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K == BK
-    )
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K == BK)
-    q_length = tl.full([C], 1.0, tl.float32)
-    k_length = tl.full([C], 1.0, tl.float32)
-    if NORMALIZE:
-        q_length = inverse_length(q, NORM_EPS)
-        k_length = inverse_length(k, NORM_EPS)
-    q_length = q_length * scale
-
-    # The last row's total; a surplus chunk has no row.
-    whole = tl.load(total_ptr + tl.maximum(length - 1, 0) * H * K + channel, mask=in_keys, other=0.0)
-    cell = row[:, None] * (H * K) + channel[None, :]
-    mask = keep[:, None] & in_keys[None, :]
-    opened = tl.exp2(total)
-    tl.store(seen_ptr + at_key + cell, (q * (opened * q_length[:, None])).to(dtype), mask=mask)
-    tl.store(read_ptr + at_key + cell, (k * (opened * k_length[:, None])).to(dtype), mask=mask)
-    closing = tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None]
-    tl.store(written_ptr + at_key + cell, (k * closing).to(dtype), mask=mask)
-
-    if SCORES:
-        vector = vector_ptr + program.to(tl.int64) * (ROWS * C) + row
-        beta = tl.full([C], 1.0, tl.float32)
+    index = tl.arange(0, BLOCK)
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
+    total_ptr += (start * H + head) * K
+    vector_ptr += program.to(tl.int64) * (ROWS * C)
+    square = program.to(tl.int64) * (C * C)
+    lengths = ()
+    system = ()
+    for i in tl.static_range(C // BLOCK):
+        row = i * BLOCK + index
+        keep = row < length
+        q_square = tl.zeros([BLOCK], tl.float32)
+        k_square = tl.zeros([BLOCK], tl.float32)
+        diagonal = tl.zeros([BLOCK], tl.float32)
+        products = ()
+        for _ in tl.static_range(2 * i + 2):
+            products = products + (tl.zeros([BLOCK, BLOCK], tl.float32),)
+        for offset in range(0, K, SLICE):
+            channel = offset + tl.arange(0, SLICE)
+            in_keys = channel < K
+            q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % SLICE == 0).to(tl.float32)
+            k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % SLICE == 0).to(tl.float32)
+            total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % SLICE == 0)
+            q_square += tl.sum(q * q, 1)
+            k_square += tl.sum(k * k, 1)
+            diagonal += tl.sum(q * k, 1)
+            sums = ()
+            if i > 0:
+                above = i * BLOCK - 1
+                pivot = tl.load(
+                    total_ptr + above * H * K + channel, mask=in_keys & (length + channel * 0 > above), other=0.0
+                )
+                decay = tl.exp2(tl.minimum(total - pivot[None, :], 0.0))
+                right_q = (q * decay).to(dtype)
+                right_k = (k * decay).to(dtype)
+            for j in tl.static_range(i):
+                column = j * BLOCK + index
+                inside = column < length
+                left = tile_of(total_ptr, column, H * K, channel, inside, in_keys, K % SLICE == 0)
+                left = tl.exp2(tl.minimum(pivot[None, :] - left, 0.0))
+                left = left * tile_of(k_ptr, column, stride_kt, channel, inside, in_keys, K % SLICE == 0)
+                left = tl.trans(left.to(dtype))
+                sums = sums + (
+                    tl.dot(right_q, left, products[2 * j], input_precision=DOT),
+                    tl.dot(right_k, left, products[2 * j + 1], input_precision=DOT),
+                )
+            s = products[2 * i]
+            m = products[2 * i + 1]
+            for level in tl.static_range(4):
+                half = BLOCK // 2 >> level
+                decay = pivot_factor(total_ptr, total, row, length, H * K, channel, in_keys, half)
+                left = (k * decay).to(dtype)
+                chosen = pairs(index, half)
+                m += tl.where(chosen, tl.dot(left, tl.trans(left), input_precision=DOT), 0.0)
+                s += tl.where(chosen, tl.dot((q * decay).to(dtype), tl.trans(left), input_precision=DOT), 0.0)
+            products = sums + (s, m)
+        q_length = tl.full([BLOCK], 1.0, tl.float32)
+        k_length = tl.full([BLOCK], 1.0, tl.float32)
+        if NORMALIZE:
+            q_length = tl.rsqrt(q_square + NORM_EPS)
+            k_length = tl.rsqrt(k_square + NORM_EPS)
+        q_length = q_length * scale
+        vector = vector_ptr + row
+        beta = tl.full([BLOCK], 1.0, tl.float32)
         if HAS_BETA:
             beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
         tl.store(vector + BETA * C, beta)
         tl.store(vector + Q_LENGTH * C, q_length)
         tl.store(vector + K_LENGTH * C, k_length)
-        system = tl.zeros([C, C], tl.float32)
-        diagonal = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
-        scores = tl.where(row[:, None] == row[None, :], diagonal[:, None], 0.0)
-        half = C // 2
-        while half > 0:
-            decay = pivot_factor(total_ptr, total, row, length, H * K, channel, in_keys, half)
-            left = (k * decay).to(dtype)
-            chosen = pairs(row, half)
-            system += tl.where(chosen, tl.dot(left, tl.trans(left), input_precision=DOT), 0.0)
-            right = (q * decay).to(dtype)
-            scores += tl.where(chosen, tl.dot(right, tl.trans(left), input_precision=DOT), 0.0)
-            half = half // 2
-        scores = scores * q_length[:, None] * k_length[None, :]
-        system = system * (k_length * beta)[:, None] * k_length[None, :]
-        square = program.to(tl.int64) * (C * C) + row[:, None] * C + row[None, :]
-        tl.store(score_ptr + square, scores.to(dtype))
-        PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-        tl.store(inverse_ptr + square, invert(system, C, PRECISION).to(dtype))
+        lengths = lengths + (k_length,)
+        for j in tl.static_range(i + 1):
+            s = products[2 * j]
+            if i == j:
+                s += tl.where(index[:, None] == index[None, :], diagonal[:, None], 0.0)
+            store_block(score_ptr + square, s * q_length[:, None] * lengths[j][None, :], i, j, C)
+            system = system + (products[2 * j + 1] * (k_length * beta)[:, None] * lengths[j][None, :],)
+    inverse = invert(system, MERGE)
+    for i in tl.static_range(C // BLOCK):
+        for j in tl.static_range(i + 1):
+            store_block(inverse_ptr + square, inverse[i * (i + 1) // 2 + j], i, j, C)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import key_value_gradients, query_gradients
 from flame.kernels.delta_rule.triton_keys import (
-    cumulate,
+    gate_rows,
     key_decay_key_gradients,
     key_decay_query_gradients,
     prepare_keys,
@@ -182,9 +182,10 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
     if c.decay_kind == KEY.value:
         return _prepare_keys(c, (vectors, *square), saved is None, sizes, options)
     if saved is None:
+        default = {"SLICE": min(64, padded(c.K)), "num_warps": 1, "num_stages": 1}
         prepare[(M * H,)](
             c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, *square, c.scale, **c.strides("q", "k", "a"),
-            **sizes, **c.kind(), **options, **c.tile("prepare", {"EXACT": 0, "num_warps": 4, "num_stages": 1}),
+            **sizes, **c.kind(), **options, MERGE=c.exact(), **c.tile("prepare", default),
         )  # fmt: skip
     return Prepared(c, vectors, *square)
 
@@ -192,14 +193,19 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
 def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict) -> Prepared:
     M, H, heads = c.cut.num_chunks, c.H, (*c.q.shape[:2], c.H, c.K)
     total, factor = c.new(*heads, dtype=torch.float32), c.new(M, H, c.K, dtype=torch.float32)
-    tile = c.tile("cumulate", {"num_warps": 8, "num_stages": 1})
-    cumulate[(M * H,)](c.decay, c.plan.chunks, total, factor, H=H, K=c.K, BK=padded(c.K), C=CHUNK, **tile)
     seen, read, written = (c.new(*heads) for _ in range(3))
-    name = "prepare keys" if scores else "decay keys"
-    prepare_keys[(M * H,)](
-        c.q, c.k, c.beta, total, factor, c.plan.chunks, *tables, seen, read, written, c.scale, **c.strides("q", "k"),
-        **sizes, **options, SCORES=scores, **c.tile(name, {"EXACT": 0, "num_warps": 8, "num_stages": 1}),
+    del sizes["BK"]
+    norm = {"NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS}
+    gate_rows[(M * H,)](
+        c.q, c.k, c.decay, c.plan.chunks, total, factor, seen, read, written, c.scale, **c.strides("q", "k"),
+        **sizes, **norm, **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 8, "num_stages": 1}),
     )  # fmt: skip
+    if scores:
+        default = {"SLICE": min(32, padded(c.K)), "num_warps": 1, "num_stages": 1}
+        prepare_keys[(M * H,)](
+            c.q, c.k, c.beta, total, c.plan.chunks, *tables, c.scale, **c.strides("q", "k"),
+            **sizes, **options, MERGE=c.exact(), **c.tile("prepare", default),
+        )  # fmt: skip
     return Prepared(replace(c, q=seen, k=written, erase=read), *tables, total=total, factor=factor)
 
 
@@ -332,44 +338,43 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
-    kind = "" if p.total is None else "key decay "
-    tile = c.tile(kind + "gradients", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1})
-    key_tiles = triton.cdiv(c.K, tile["TK"])
-    # Queries and keys make a part each of a scalar decay's gradient, in every tile of keys.
-    dbeta = c.new(0) if c.beta is None else c.new(key_tiles, *heads, dtype=torch.float32)
-    shape = {NONE.value: (0,), SCALAR.value: (2, key_tiles, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
+    default = {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1}
+    tile, key_tile = c.tile("query gradients", default), c.tile("key gradients", default)
+    parts, key_parts = triton.cdiv(c.K, tile["TK"]), triton.cdiv(c.K, key_tile["TK"])
+    # Every tile of keys makes a part of the gradients that are sums over key channels.
+    dbeta = c.new(0) if c.beta is None else c.new(key_parts, *heads, dtype=torch.float32)
+    shape = {NONE.value: (0,), SCALAR.value: (parts + key_parts, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
     ddecay = c.new(*shape, dtype=torch.float32)
     if c.packed:  # the documents may end before the row does
         for x in (dq, dk, dv, derase, dbeta, ddecay):
             x.zero_()
     common = {name: value for name, value in c.sizes().items() if name != "BK"}
     common |= {"NORMALIZE": c.normalize, "DOT": c.precision(), "stride_ot": do.stride(1), "stride_oh": do.stride(2)}
-    grid, rows = (c.cut.num_chunks * c.H * key_tiles,), c.q.shape[0] * c.q.shape[1]
+    pairs, rows = c.cut.num_chunks * c.H, c.q.shape[0] * c.q.shape[1]
     states, dstates, writes, du = pieces
     if p.total is not None:
-        key_decay_query_gradients[grid](
+        key_decay_query_gradients[(pairs * parts,)](
             c.q, c.k, o, do, p.total, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale,
             **c.strides("q", "k"), **common, **tile,
         )  # fmt: skip
-        key_decay_key_gradients[grid](
+        key_decay_key_gradients[(pairs * key_parts,)](
             c.q, c.k, c.v, do, p.total, p.vectors, c.plan.chunks, states, dstates, writes, du, dk, dv, dbeta, ddecay,
-            rows, HAS_BETA=c.beta is not None, **c.strides("q", "k", "v"), **common, **tile,
+            rows, HAS_BETA=c.beta is not None, **c.strides("q", "k", "v"), **common, **key_tile,
         )  # fmt: skip
     else:
-        parts = (ddecay, ddecay) if c.decay is None else (ddecay[0], ddecay[1])
-        query_gradients[grid](
-            c.q, c.k, o, do, p.vectors, c.plan.chunks, states, writes, dq, parts[0], c.scale, rows,
+        query_gradients[(pairs * parts,)](
+            c.q, c.k, o, do, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale, rows,
             DECAY=c.decay_kind, **c.strides("q", "k"), **common, **tile,
         )  # fmt: skip
-        key_value_gradients[grid](
+        key_value_gradients[(pairs * key_parts,)](
             c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, p.vectors, c.plan.chunks, states, dstates, writes,
-            du, dk, derase, dv, dbeta, parts[1], rows, HAS_BETA=c.beta is not None, **c.kind(),
-            **c.strides("q", "k", "a", "v"), **common, **tile,
+            du, dk, derase, dv, dbeta, ddecay[parts:], rows, HAS_BETA=c.beta is not None, **c.kind(),
+            **c.strides("q", "k", "a", "v"), **common, **key_tile,
         )  # fmt: skip
     dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
     derase = derase if c.erase is None else _sum_groups(derase, c.erase)
     dbeta = dbeta if c.beta is None else dbeta.sum(0).to(c.beta.dtype)
-    ddecay = ddecay.sum((0, 1)) if c.decay_kind == SCALAR.value else ddecay
+    ddecay = ddecay.sum(0) if c.decay_kind == SCALAR.value else ddecay
     ddecay = ddecay if c.decay is None else ddecay.to(c.decay.dtype)
     return [dq, dk, dv, dbeta, ddecay, derase]
 

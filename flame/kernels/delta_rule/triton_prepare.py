@@ -44,38 +44,62 @@ def state_tile(ptr, channel, stride, column, in_keys, inside, WHOLE: tl.constexp
 
 
 @triton.jit
-def inverse_length(x, NORM_EPS: tl.constexpr):
+def square_sum(x):
     wide = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(wide * wide, 1) + NORM_EPS)
+    return tl.sum(wide * wide, 1)
 
 
 @triton.jit
-def invert(system, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + system)^-1 of a strictly lower triangular fp32 [C, C].
+def invert_diagonal(d0, d1, d2, d3):
+    """(I + d)^-1 of four strictly lower triangular fp32 [BLOCK, BLOCK], side by side, by substitution.
 
-    Diagonal blocks of 16 rows by substitution, all at once; then, with D their inverse and N = D * rest (whose fourth
-    power vanishes), (I + N)^-1 D = (I - N)(I + N^2) D.
-    """
-    BLOCKS: tl.constexpr = C // BLOCK
+    Once row m is solved its multiples are taken off the rows below; what is picked never has to change its layout."""
+    system = tl.join(tl.join(d0, d1), tl.join(d2, d3))
     index = tl.arange(0, BLOCK)
-    block = tl.arange(0, BLOCKS)
-    own = (block[:, None] == block[None, :])[:, None, :, None]  # [block, 1, block, 1]
-    folded = tl.reshape(system, (BLOCKS, BLOCK, BLOCKS, BLOCK))
-    diagonal = tl.sum(tl.where(own, folded, 0.0), 2)  # [block, row, column]
-    small = tl.where(index[:, None] == index[None, :], 1.0, 0.0)[None, :, :] + tl.zeros_like(diagonal)
-    for i in range(1, BLOCK):
-        picked = (index == i)[None, :, None]
-        weights = tl.sum(tl.where(picked, diagonal, 0.0), 1)  # row i of every block
-        update = tl.sum(weights[:, :, None] * small, 1)
-        small = tl.where(picked, small - update[:, None, :], small)
-    row = tl.arange(0, C)
-    inside = (row[:, None] // BLOCK) == (row[None, :] // BLOCK)
-    inverse = tl.reshape(tl.where(own, small[:, :, None, :], 0.0), (C, C))
-    rest = tl.where(inside, 0.0, system)
-    nilpotent = tl.dot(inverse, rest, input_precision=PRECISION)
-    square = tl.dot(nilpotent, nilpotent, input_precision=PRECISION)
-    inverse = tl.dot(square, inverse, inverse, input_precision=PRECISION)
-    return inverse - tl.dot(nilpotent, inverse, input_precision=PRECISION)
+    row = index[:, None, None, None]
+    column = index[None, :, None, None]
+    inverse = tl.where(row == column, 1.0, 0.0) + tl.zeros_like(system)
+    for m in range(BLOCK - 1):
+        factor = tl.sum(tl.where(column == m, system, 0.0), 1)
+        solved = tl.sum(tl.where(row == m, inverse, 0.0), 0)
+        inverse -= factor[:, None, :, :] * solved[None, :, :, :]
+    left, right = tl.split(inverse)
+    d0, d1 = tl.split(left)
+    d2, d3 = tl.split(right)
+    return d0, d1, d2, d3
+
+
+@triton.jit
+def times(x, y, PRECISION: tl.constexpr):
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def invert(system, PRECISION: tl.constexpr):
+    """(I + system)^-1, both as the ten blocks of a lower triangle, row by row; system's diagonal blocks strictly lower.
+
+    Substitution throughout: the inverse is well scaled, but powers of the system are not (64 equal keys, beta near 2)."""
+    l00, l10, l11, l20, l21, l22, l30, l31, l32, l33 = system
+    t00, t11, t22, t33 = invert_diagonal(l00, l11, l22, l33)
+    t10 = -times(t11, times(l10, t00, PRECISION), PRECISION)
+    t21 = -times(t22, times(l21, t11, PRECISION), PRECISION)
+    t32 = -times(t33, times(l32, t22, PRECISION), PRECISION)
+    t20 = -times(t22, times(l20, t00, PRECISION) + times(l21, t10, PRECISION), PRECISION)
+    t31 = -times(t33, times(l31, t11, PRECISION) + times(l32, t21, PRECISION), PRECISION)
+    rest = times(l30, t00, PRECISION) + times(l31, t10, PRECISION) + times(l32, t20, PRECISION)
+    t30 = -times(t33, rest, PRECISION)
+    return t00, t10, t11, t20, t21, t22, t30, t31, t32, t33
+
+
+@triton.jit
+def store_block(ptr, x, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
+    """Store block (i, j) of a chunk's matrix [C, C], and zeros in its mirror above the diagonal."""
+    index = tl.arange(0, BLOCK)
+    cell = index[:, None] * C + index[None, :]
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    tl.store(ptr + (i * C + j) * BLOCK + cell, x.to(dtype))
+    if i != j:
+        tl.store(ptr + (j * C + i) * BLOCK + cell, tl.zeros([BLOCK, BLOCK], dtype))
 
 
 @triton.jit
@@ -100,6 +124,7 @@ def prepare(
     GROUP: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
+    SLICE: tl.constexpr,  # channels of a key at a time
     C: tl.constexpr,
     DECAY: tl.constexpr,
     HAS_BETA: tl.constexpr,
@@ -108,64 +133,103 @@ def prepare(
     NORMALIZE: tl.constexpr,
     NORM_EPS: tl.constexpr,
     DOT: tl.constexpr,
-    EXACT: tl.constexpr,  # merge the inverted blocks with three tf32 products instead of one
+    MERGE: tl.constexpr,  # precision of fp32 products
 ):
+    """A chunk by blocks of rows, so that only its lower triangle is formed and one or two warps hold it."""
     program = tl.program_id(0)
     chunk, head = program // H, program % H
     start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
-    row = tl.arange(0, C)
-    keep = row < length
-    channel = tl.arange(0, BK)
-    in_keys = channel < K
-    q = tile_of(
-        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K == BK
-    )
-    k = tile_of(
-        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K == BK
-    )
-    vector = vector_ptr + program.to(tl.int64) * (ROWS * C) + row
-    q_length = tl.full([C], 1.0, tl.float32)
-    k_length = tl.full([C], 1.0, tl.float32)
-    if NORMALIZE:
-        q_length = inverse_length(q, NORM_EPS)
-        k_length = inverse_length(k, NORM_EPS)
-    a_length = k_length
-    q_length = q_length * scale
-    tl.store(vector + Q_LENGTH * C, q_length)
-    tl.store(vector + K_LENGTH * C, k_length)
-    beta = tl.full([C], 1.0, tl.float32)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
-    tl.store(vector + BETA * C, beta)
-
-    keys = tl.trans(k)
-    scores = tl.dot(q, keys, input_precision=DOT) * q_length[:, None] * k_length[None, :]
+    index = tl.arange(0, BLOCK)
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
     if ERASE:
         a_ptr += start * stride_at + (head // GROUP) * stride_ah
-        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K == BK)
+    vector_ptr += program.to(tl.int64) * (ROWS * C)
+    cell = program.to(tl.int64) * (C * C)
+    score_ptr += cell
+    inverse_ptr += cell
+    lengths = ()
+    totals = ()
+    system = ()
+    before = 0.0  # total of the rows before the block
+    for i in tl.static_range(C // BLOCK):
+        row = i * BLOCK + index
+        keep = row < length
+        q_length = tl.zeros([BLOCK], tl.float32)
+        k_length = tl.zeros([BLOCK], tl.float32)
+        a_length = tl.zeros([BLOCK], tl.float32)
+        products = ()  # Q K^T and A K^T of the blocks of columns up to the diagonal
+        for _ in tl.static_range(2 * i + 2):
+            products = products + (tl.zeros([BLOCK, BLOCK], tl.float32),)
+        for offset in range(0, K, SLICE):
+            channel = offset + tl.arange(0, SLICE)
+            in_keys = channel < K
+            q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % SLICE == 0)
+            k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % SLICE == 0)
+            a = k
+            if ERASE:
+                a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % SLICE == 0)
+            if NORMALIZE:
+                q_length += square_sum(q)
+                k_length += square_sum(k)
+                a_length += square_sum(a)
+            sums = ()
+            for j in tl.static_range(i + 1):
+                key = k
+                if j < i:
+                    column = j * BLOCK + index
+                    key = tile_of(k_ptr, column, stride_kt, channel, column < length, in_keys, K % SLICE == 0)
+                key = tl.trans(key)
+                sums = sums + (
+                    tl.dot(q, key, products[2 * j], input_precision=DOT),
+                    tl.dot(a, key, products[2 * j + 1], input_precision=DOT),
+                )
+            products = sums
         if NORMALIZE:
-            a_length = inverse_length(a, NORM_EPS)
-        tl.store(vector + A_LENGTH * C, a_length)
-        system = tl.dot(a, keys, input_precision=DOT)
-    else:
-        system = tl.dot(k, keys, input_precision=DOT)
-    system = system * (a_length * beta)[:, None] * k_length[None, :]
-    lower = row[:, None] >= row[None, :]
-    below = row[:, None] > row[None, :]
-    if DECAY == SCALAR:
-        log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
-        total = tl.cumsum(log, 0)
+            q_length = tl.rsqrt(q_length + NORM_EPS)
+            k_length = tl.rsqrt(k_length + NORM_EPS)
+            a_length = tl.rsqrt(a_length + NORM_EPS)
+        else:
+            q_length += 1.0
+            k_length += 1.0
+            a_length += 1.0
+        q_length = q_length * scale
+        vector = vector_ptr + row
+        tl.store(vector + Q_LENGTH * C, q_length)
+        tl.store(vector + K_LENGTH * C, k_length)
+        if ERASE:
+            tl.store(vector + A_LENGTH * C, a_length)
+        beta = tl.full([BLOCK], 1.0, tl.float32)
+        if HAS_BETA:
+            beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
+        tl.store(vector + BETA * C, beta)
+        total = tl.zeros([BLOCK], tl.float32)
         read = total
-        tl.store(vector + TOTAL * C, total)
-        if EXCLUSIVE:
-            read = total - log
-            tl.store(vector + READ * C, read)
-        scores = scores * tl.exp2(tl.where(lower, total[:, None] - total[None, :], 0.0))
-        system = system * tl.exp2(tl.where(below, read[:, None] - total[None, :], 0.0))
-    scores = tl.where(lower, scores, 0.0)
-    system = tl.where(below, system, 0.0)
-    cell = program.to(tl.int64) * (C * C) + row[:, None] * C + row[None, :]
-    tl.store(score_ptr + cell, scores.to(score_ptr.dtype.element_ty))
-    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
-    tl.store(inverse_ptr + cell, invert(system, C, PRECISION).to(inverse_ptr.dtype.element_ty))
+        if DECAY == SCALAR:
+            log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
+            total = before + tl.cumsum(log, 0)
+            before += tl.sum(log, 0)
+            read = total
+            tl.store(vector + TOTAL * C, total)
+            if EXCLUSIVE:
+                read = total - log
+                tl.store(vector + READ * C, read)
+        lengths = lengths + (k_length,)
+        totals = totals + (total,)
+        for j in tl.static_range(i + 1):
+            s = products[2 * j] * q_length[:, None] * lengths[j][None, :]
+            m = products[2 * j + 1] * (a_length * beta)[:, None] * lengths[j][None, :]
+            if DECAY == SCALAR:
+                # Exponents above the diagonal would overflow.
+                s = s * tl.exp2(tl.minimum(total[:, None] - totals[j][None, :], 0.0))
+                m = m * tl.exp2(tl.minimum(read[:, None] - totals[j][None, :], 0.0))
+            if i == j:
+                s = tl.where(index[:, None] >= index[None, :], s, 0.0)
+                m = tl.where(index[:, None] > index[None, :], m, 0.0)
+            store_block(score_ptr, s, i, j, C)
+            system = system + (m,)
+    inverse = invert(system, MERGE)
+    for i in tl.static_range(C // BLOCK):
+        for j in tl.static_range(i + 1):
+            store_block(inverse_ptr, inverse[i * (i + 1) // 2 + j], i, j, C)
