@@ -66,6 +66,17 @@ def test_equal_keys_with_beta_near_two_stay_exact():
     check("plain", inputs, tolerance=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["scalar", "key"])
+def test_equal_keys_stay_exact_with_a_weak_decay(variant):
+    inputs = make_inputs(variant, B=1, T=128, H=1, K=16, V=16)
+    base = torch.randn(1, 1, 1, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    inputs["k"] = (base + 0.01 * inputs["k"]).detach().requires_grad_()
+    inputs["beta"] = torch.full_like(inputs["beta"], 1.99).requires_grad_()
+    decay = "scalar_decay" if variant == "scalar" else "key_decay"
+    inputs[decay] = (inputs[decay] * 1e-3).detach().requires_grad_()
+    check(variant, inputs, tolerance=1e-3)
+
+
 @pytest.mark.parametrize("variant", ["plain", "product", "key"])
 def test_packed_documents_never_meet(variant):
     lengths = (5, 0, 70, 1)
@@ -81,6 +92,18 @@ def test_long_sequences_cut_in_segments_equal_the_recurrence(variant, packed, mo
     options = {"cu_seqlens": torch.tensor([0, 0, 40, 290]).int()} if packed else {}
     assert plan.make_cut(1, 290, 3 if packed else None, 1, 132).cut
     check(variant, inputs, **options)
+
+
+def test_states_merge_by_parts_where_keys_are_wide(monkeypatch):
+    monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 1)
+    check("scalar", make_inputs("scalar", B=1, T=290, H=1, K=136, V=16))
+
+
+@pytest.mark.parametrize("variant", ["scalar", "key"])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65])
+def test_lengths_around_a_chunk_agree(variant, tokens):
+    # One token through the kernels too, though the op would take the recurrence for it.
+    check(variant, make_inputs(variant, B=1, T=tokens, H=1, K=16, V=16))
 
 
 def test_operator_has_fakes_and_compiles_whole():

@@ -254,7 +254,8 @@ def run_reverse(
 def run_merge(c: Call, maps: Tensor, changes: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
     """States before the items, or (reverse) gradients of the states after them: [I, H, K, V] fp32."""
     opening = c.item_states()
-    tile = c.tile("merge", {"BV": 32, "num_warps": 4, "num_stages": 1})
+    default = {"BV": 32 if c.K <= 128 else 16, "PART": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}
+    tile = c.tile("merge", default)
     merge_segments[(triton.cdiv(c.V, tile["BV"]), c.sequences * c.H)](
         maps, changes, c.plan.first_item, initial, opening, changes.shape[-1], H=c.H, K=c.K, V=c.V, BK=padded(c.K),
         REVERSE=reverse, HAS_INITIAL=initial is not None, PRECISION=c.exact(), **tile,

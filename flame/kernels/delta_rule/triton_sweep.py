@@ -321,6 +321,7 @@ def merge_segments(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    PART: tl.constexpr,  # rows of the state in a tile
     REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -329,27 +330,43 @@ def merge_segments(
     sequence, head = tl.program_id(1) // H, tl.program_id(1) % H
     first = tl.load(first_ptr + sequence)
     count = tl.load(first_ptr + sequence + 1) - first
-    channel = tl.arange(0, BK)
+    channel = tl.arange(0, PART)
     column = tile * BV + tl.arange(0, BV)
-    in_state = (channel < K)[:, None] & (column < V)[None, :]
-    in_map = (channel < K)[:, None] & (channel < K)[None, :]
-    cell = channel[:, None] * V + column[None, :]
-    at_sequence = (sequence.to(tl.int64) * H + head) * K * V + cell
-    carry = tl.zeros([BK, BV], tl.float32)
-    if HAS_INITIAL:
-        carry = tl.load(initial_ptr + at_sequence, mask=in_state, other=0.0)
+    inside = column < V
+    PARTS: tl.constexpr = BK // PART
+    at_sequence = (sequence.to(tl.int64) * H + head) * K * V
+    carry = ()
+    for i in tl.static_range(PARTS):
+        row = i * PART + channel
+        part = tl.zeros([PART, BV], tl.float32)
+        if HAS_INITIAL:
+            mask = (row < K)[:, None] & inside[None, :]
+            part = tl.load(initial_ptr + at_sequence + row[:, None] * V + column[None, :], mask=mask, other=0.0)
+        carry = carry + (part,)
     for step in range(count - 1):
         item = first + count - 1 - step if REVERSE else first + step
         slot = item.to(tl.int64) * H + head
-        tl.store(opening_ptr + slot * K * V + cell, carry, mask=in_state)
-        transition = map_ptr + slot * K * (V + K) + V
-        if REVERSE:
-            transition += channel[:, None] + channel[None, :] * (V + K)
-        else:
-            transition += channel[:, None] * (V + K) + channel[None, :]
-        transition = tl.load(transition, mask=in_map, other=0.0)
-        change = change_ptr + slot * K * change_stride + channel[:, None] * change_stride + column[None, :]
-        change = tl.load(change, mask=in_state, other=0.0)
-        carry = tl.dot(transition, carry, change, input_precision=PRECISION)
+        transition_ptr = map_ptr + slot * K * (V + K) + V
+        after = ()
+        for i in tl.static_range(PARTS):
+            row = i * PART + channel
+            mask = (row < K)[:, None] & inside[None, :]
+            tl.store(opening_ptr + slot * K * V + row[:, None] * V + column[None, :], carry[i], mask=mask)
+            change = change_ptr + slot * K * change_stride + row[:, None] * change_stride + column[None, :]
+            part = tl.load(change, mask=mask, other=0.0)
+            for j in tl.static_range(PARTS):
+                other = j * PART + channel
+                if REVERSE:
+                    at = row[:, None] + other[None, :] * (V + K)
+                else:
+                    at = row[:, None] * (V + K) + other[None, :]
+                transition = tl.load(transition_ptr + at, mask=(row < K)[:, None] & (other < K)[None, :], other=0.0)
+                part = tl.dot(transition, carry[j], part, input_precision=PRECISION)
+            after = after + (part,)
+        carry = after
     item = first if REVERSE else first + count - 1
-    tl.store(opening_ptr + (item.to(tl.int64) * H + head) * K * V + cell, carry, mask=in_state)
+    slot = item.to(tl.int64) * H + head
+    for i in tl.static_range(PARTS):
+        row = i * PART + channel
+        mask = (row < K)[:, None] & inside[None, :]
+        tl.store(opening_ptr + slot * K * V + row[:, None] * V + column[None, :], carry[i], mask=mask)
