@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def make_case(s: Shape, tune: bool = False) -> Case:
 def run(inputs: Tensors, backend: str | None) -> Tensors:
     # In fp64 the chunked form equals the recurrence to 1e-9 (tests prove it) and takes seconds instead of minutes.
     backend = "chunked" if backend == "reference" and inputs["q"].shape[1] > 64 else backend
-    options = {"output_final_state": True, "backend": backend}
+    options: dict[str, Any] = {"output_final_state": True, "backend": backend}
     if "a" in inputs:
         o, final = dplr_delta_rule(**inputs, **options)
     else:
