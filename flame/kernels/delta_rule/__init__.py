@@ -14,13 +14,14 @@ from flame.kernels.delta_rule.problem import (
     check_tied,
     check_untied,
     expand_steps,
+    kernels_cover,
     steps_per_token,
 )
 from flame.kernels.delta_rule.reference import recurrence
 
 __all__ = ["delta_rule", "dplr_delta_rule"]
 
-_BACKENDS = ("chunked", "reference")
+_BACKENDS = ("triton", "chunked", "reference")
 
 
 def delta_rule(  # noqa: PLR0913 (one op for the whole family)
@@ -125,8 +126,17 @@ def dplr_delta_rule(  # noqa: PLR0913 (one op for the whole family)
 
 
 def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
-    name = select_backend(p.q, backend, _BACKENDS)
+    name = select_backend(p.q, backend, _BACKENDS if backend is not None or kernels_cover(p) else _BACKENDS[1:])
     # A token alone is one step of the recurrence; padding it to a chunk would only waste the machine.
     if name == "reference" or (p.q.shape[1] == 1 and p.cu_seqlens is None and backend is None):
         return recurrence(p)
+    if name == "triton":
+        if not isinstance(p, Tied) or not kernels_cover(p):
+            raise FlameError(
+                f"delta_rule: no kernel for this form, keys of {p.k.shape[-1]} channels or {p.q.dtype}; leave backend "
+                "at None or take 'chunked'."
+            )
+        from flame.kernels.delta_rule.triton_op import delta_rule_triton
+
+        return delta_rule_triton(p)
     return chunked(p)

@@ -151,6 +151,20 @@ def check_untied(p: Untied) -> None:
     _check_state("dplr_delta_rule", p)
 
 
+WIDEST_KEY = 256  # channels of a key that the kernels hold in registers
+
+
+def kernels_cover(p: Problem) -> bool:
+    """Whether the Triton path has this form: 16-bit inputs (fp32 only where kernels are interpreted), keys up to 256
+    channels, up to 128 and no erase key with a decay per channel."""
+    if not isinstance(p, Tied):
+        return False
+    if p.decay is not None and p.decay.dim() == 4 and (p.k.shape[-1] > 128 or p.exclusive or p.erase is not None):
+        return False
+    narrow = p.q.dtype in (torch.bfloat16, torch.float16) or (p.q.dtype == torch.float32 and not p.q.is_cuda)
+    return narrow and p.q.dtype == p.k.dtype == p.v.dtype and p.k.shape[-1] <= WIDEST_KEY and p.q.shape[1] > 0
+
+
 def _check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, steps: int, cu_seqlens: Tensor | None) -> None:
     B, T = q.shape[:2]
     if v.dim() != 4 or k.shape[:2] != (B, T * steps) or v.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:

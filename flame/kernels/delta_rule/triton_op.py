@@ -1,0 +1,418 @@
+"""The fast path as operators of torch: `flame::delta_rule_forward` and `..._backward`, with fakes and autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from flame.kernels import tiles
+from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan
+from flame.kernels.delta_rule.problem import NORM_EPS, Tied
+from flame.kernels.delta_rule.triton_gradients import key_value_gradients, query_gradients
+from flame.kernels.delta_rule.triton_keys import (
+    gate_rows,
+    key_decay_key_gradients,
+    key_decay_query_gradients,
+    prepare_keys,
+)
+from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, prepare
+from flame.kernels.delta_rule.triton_sweep import forward_sweep, merge_segments, reverse_sweep
+
+OP = "delta_rule"
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? decay, Tensor? erase, Tensor? initial_state, Tensor? cu_seqlens"
+_OPTIONS = "bool exclusive, bool normalize, float scale"
+
+
+def delta_rule_triton(p: Tied) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and the final state [N, H, K, V] of a validated problem."""
+    o, final, *_ = torch.ops.flame.delta_rule_forward(
+        p.q, p.k, p.v, p.beta, p.decay, p.erase, p.initial_state, p.cu_seqlens, p.exclusive, p.normalize, p.scale
+    )
+    return o, final
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes, constants and tensors that the kernels of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None
+    decay: Tensor | None
+    erase: Tensor | None
+    exclusive: bool
+    normalize: bool
+    scale: float
+    cut: Cut
+    plan: Plan
+    packed: bool
+
+    @property
+    def H(self) -> int:
+        return self.v.shape[2]
+
+    @property
+    def K(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def V(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def sequences(self) -> int:
+        return self.plan.first_item.numel() - 1
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            "H": self.H, "GROUP": self.H // self.k.shape[2], "K": self.K, "V": self.V, "BK": padded(self.K), "C": CHUNK,
+        }  # fmt: skip
+
+    @property
+    def decay_kind(self) -> int:
+        return (NONE if self.decay is None else SCALAR if self.decay.dim() == 3 else KEY).value
+
+    def kind(self) -> dict[str, int]:
+        return {"DECAY": self.decay_kind, "ERASE": self.erase is not None, "EXCLUSIVE": self.exclusive}
+
+    def strides(self, *names: str) -> dict[str, int]:
+        """Token and head strides under the kernels' argument names."""
+        table = {"q": self.q, "k": self.k, "v": self.v, "a": self.k if self.erase is None else self.erase}
+        return {f"stride_{name}{axis}": table[name].stride(at) for name in names for axis, at in (("t", 1), ("h", 2))}
+
+    def precision(self) -> str:
+        """Of a product of operands in the input's dtype; only matters for fp32."""
+        return "ieee" if self.q.dtype == torch.float32 else "tf32"
+
+    def exact(self) -> str:
+        """Of a product of fp32 operands that must stay near fp32: three tf32 products on tensor cores."""
+        return "ieee" if self.q.device.type == "cpu" else "tf32x3"
+
+    def tile(self, name: str, default: dict[str, int]) -> dict[str, int]:
+        decay = ("none", "scalar", "key")[self.decay_kind]
+        key = tiles.key(name, decay=decay, K=self.K, V=self.V, dtype=self.q.dtype)
+        return dict(tiles.choose(OP, key, default, self.q.device))
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.q.new_empty(shape, dtype=self.q.dtype if dtype is None else dtype)
+
+    def values(self) -> Tensor:
+        """[B, T, H, V]; zero where packed documents, which may end before the row does, would leave it unwritten."""
+        return self.v.new_zeros(self.v.shape) if self.packed else self.v.new_empty(self.v.shape)
+
+    def chunk_states(self) -> Tensor:
+        return self.new(self.cut.num_chunks, self.H, self.K, self.V)
+
+    def item_states(self) -> Tensor:
+        return self.new(self.cut.num_items, self.H, self.K, self.V, dtype=torch.float32)
+
+
+def padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def default_value_tile(K: int, V: int) -> int:
+    return min(padded(V), 64 if K <= 128 else 32)
+
+
+def sweep_tile(K: int, V: int) -> dict[str, int]:
+    return {"BV": default_value_tile(K, V), "num_warps": 4, "num_stages": 1 if K <= 128 else 2}
+
+
+def cut_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Cut:
+    columns = v.shape[2] * -(-v.shape[3] // default_value_tile(k.shape[3], v.shape[3]))
+    documents = None if cu_seqlens is None else cu_seqlens.numel() - 1
+    return make_cut(q.shape[0], q.shape[1], documents, columns, tiles.multiprocessors(q.device))
+
+
+def make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale) -> Call:
+    cut = cut_of(q, k, v, cu_seqlens)
+    plan = make_plan(cut, q.shape[0], q.shape[1], cu_seqlens, q.device)
+    q, k, v = (as_rows(x) for x in (q, k, v))
+    erase = None if erase is None else as_rows(erase)
+    beta, decay = (None if x is None else x.contiguous() for x in (beta, decay))
+    packed = cu_seqlens is not None
+    return Call(q, k, v, beta, decay, erase, exclusive, normalize, scale, cut, plan, packed)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [B, T, H, D] such that batch and time are one axis and D is dense; a copy only where they are not."""
+    rows = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if rows and x.stride(-1) == 1 else x.contiguous()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the sweeps read. call: with the rows to sweep over, which a decay per key has already multiplied.
+
+    vectors [M, H, rows, C] fp32; inverse, scores [M, H, C, C]; with a decay per key, total [B, T, H, K] and factor
+    [M, H, K], fp32.
+    """
+
+    call: Call
+    vectors: Tensor
+    inverse: Tensor
+    scores: Tensor
+    total: Tensor | None = None
+    factor: Tensor | None = None
+
+    def tables(self) -> tuple[Tensor | None, ...]:
+        return self.vectors, self.inverse, self.scores, self.factor, self.call.plan.items
+
+
+def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> Prepared:
+    """`saved`: vectors, inverse and scores of an earlier preparation of the same call."""
+    M, H = c.cut.num_chunks, c.H
+    if saved is None:
+        vectors = c.new(M, H, ROWS.value, CHUNK, dtype=torch.float32)
+        square = (c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK))
+    else:
+        vectors, *square = saved
+    sizes = {name: value for name, value in c.sizes().items() if name != "V"}
+    options = {
+        "HAS_BETA": c.beta is not None,
+        "NORMALIZE": c.normalize,
+        "NORM_EPS": NORM_EPS,
+        "DOT": c.precision(),
+    }
+    if c.decay_kind == KEY.value:
+        return _prepare_keys(c, (vectors, *square), saved is None, sizes, options)
+    if saved is None:
+        default = {"SLICE": min(64, padded(c.K)), "num_warps": 1, "num_stages": 1}
+        prepare[(M * H,)](
+            c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, *square, c.scale, **c.strides("q", "k", "a"),
+            **sizes, **c.kind(), **options, MERGE=c.exact(), **c.tile("prepare", default),
+        )  # fmt: skip
+    return Prepared(c, vectors, *square)
+
+
+def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict) -> Prepared:
+    M, H, heads = c.cut.num_chunks, c.H, (*c.q.shape[:2], c.H, c.K)
+    total, factor = c.new(*heads, dtype=torch.float32), c.new(M, H, c.K, dtype=torch.float32)
+    seen, read, written = (c.new(*heads) for _ in range(3))
+    del sizes["BK"]
+    norm = {"NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS}
+    gate_rows[(M * H,)](
+        c.q, c.k, c.decay, c.plan.chunks, total, factor, seen, read, written, c.scale, **c.strides("q", "k"),
+        **sizes, **norm, **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 8, "num_stages": 1}),
+    )  # fmt: skip
+    if scores:
+        default = {"SLICE": min(32, padded(c.K)), "num_warps": 1, "num_stages": 1}
+        prepare_keys[(M * H,)](
+            c.q, c.k, c.beta, total, c.plan.chunks, *tables, c.scale, **c.strides("q", "k"),
+            **sizes, **options, MERGE=c.exact(), **c.tile("prepare", default),
+        )  # fmt: skip
+    return Prepared(replace(c, q=seen, k=written, erase=read), *tables, total=total, factor=factor)
+
+
+def run_forward(
+    p: Prepared,
+    initial: Tensor | None,
+    *,
+    final: Tensor | None = None,
+    o: Tensor | None = None,
+    states: tuple[Tensor, Tensor] | None = None,
+    maps: bool = False,
+) -> None:
+    """One forward sweep: store outputs, or states before the chunks with the writes, or the items' maps into `final`."""
+    c = p.call
+    name = "maps" if maps else "states" if states is not None else "forward"
+    tile = c.tile(name, sweep_tile(c.K, c.V))
+    width = c.V + c.K if maps else c.V
+    grid = (triton.cdiv(width, tile["BV"]), c.cut.num_items * c.H)
+    before, writes = (None, None) if states is None else states
+    forward_sweep[grid](
+        c.q, c.k, c.v, c.k if c.erase is None else c.erase, *p.tables(), initial, final, o, before, writes,
+        **c.strides("q", "k", "a", "v"), **c.sizes(), **c.kind(), OUTPUT=o is not None, STATES=states is not None,
+        MAP=maps, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None and not maps, DOT=c.precision(), **tile,
+    )  # fmt: skip
+
+
+def run_reverse(
+    p: Prepared,
+    do: Tensor,
+    closing: Tensor | None,
+    opening: Tensor | None,
+    store: tuple[Tensor, Tensor] | None,
+) -> None:
+    """One reverse sweep: store gradients of the states after the chunks and dU, or (store None) only each item's dB."""
+    c = p.call
+    tile = c.tile("reverse" if store else "reverse maps", sweep_tile(c.K, c.V))
+    dstates, du = (None, None) if store is None else store
+    reverse_sweep[(triton.cdiv(c.V, tile["BV"]), c.cut.num_items * c.H)](
+        c.q, c.k, c.k if c.erase is None else c.erase, do, *p.tables(), closing, opening, dstates, du,
+        **c.strides("q", "k", "a"), stride_ot=do.stride(1), stride_oh=do.stride(2), **c.sizes(), **c.kind(),
+        STORE=store is not None, MAP=store is None, HAS_CLOSING=closing is not None,
+        HAS_OPENING=opening is not None and store is not None, DOT=c.precision(), **tile,
+    )  # fmt: skip
+
+
+def run_merge(c: Call, maps: Tensor, changes: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
+    """States before the items, or (reverse) gradients of the states after them: [I, H, K, V] fp32."""
+    opening = c.item_states()
+    default = {"BV": 32 if c.K <= 128 else 16, "PART": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}
+    tile = c.tile("merge", default)
+    merge_segments[(triton.cdiv(c.V, tile["BV"]), c.sequences * c.H)](
+        maps, changes, c.plan.first_item, initial, opening, changes.shape[-1], H=c.H, K=c.K, V=c.V, BK=padded(c.K),
+        REVERSE=reverse, HAS_INITIAL=initial is not None, PRECISION=c.exact(), **tile,
+    )  # fmt: skip
+    return opening
+
+
+@torch.library.custom_op(
+    "flame::delta_rule_forward",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
+    """o, final state, what `prepare` made, and where time was cut the items' opening states and maps (else empty)."""
+    c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
+    initial = None if initial_state is None else initial_state.float().contiguous()
+    p = run_prepare(c)
+    o = c.values()
+    final = c.new(c.sequences, c.H, c.K, c.V, dtype=torch.float32)
+    opening = maps = c.new(0, dtype=torch.float32)
+    before = initial
+    if c.cut.cut:
+        maps = c.new(c.cut.num_items, c.H, c.K, c.V + c.K, dtype=torch.float32)
+        run_forward(p, None, final=maps, maps=True)
+        before = opening = run_merge(c, maps, maps, initial, reverse=False)
+    run_forward(p, before, final=final, o=o)
+    return o, final, p.vectors, p.inverse, p.scores, opening, maps if c.cut.cut else maps.clone()
+
+
+@forward.register_fake
+def _(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
+    cut = cut_of(q, k, v, cu_seqlens)
+    H, K, V, M = v.shape[2], k.shape[3], v.shape[3], cut.num_chunks
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    shapes = [(sequences, H, K, V), (M, H, ROWS.value, CHUNK)]
+    shapes += [(cut.num_items, H, K, V), (cut.num_items, H, K, V + K)] if cut.cut else [(0,), (0,)]
+    final, vectors, opening, maps = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    inverse, scores = (q.new_empty(M, H, CHUNK, CHUNK) for _ in range(2))
+    return v.new_empty(v.shape), final, vectors, inverse, scores, opening, maps
+
+
+@torch.library.custom_op(
+    "flame::delta_rule_backward",
+    mutates_args=(),
+    schema=(
+        f"({_TENSORS}, Tensor vectors, Tensor inverse, Tensor scores, Tensor opening, Tensor maps, Tensor o, Tensor do, "
+        f"Tensor? dfinal, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def backward(
+    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal,
+    exclusive, normalize, scale,
+):  # fmt: skip
+    """Gradients of q, k, v, beta, decay, erase and initial_state; empty where there is no such tensor."""
+    c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
+    p = run_prepare(c, (vectors, inverse, scores))
+    do = as_rows(do.to(v.dtype))
+    dfinal = None if dfinal is None else dfinal.float().contiguous()
+    before = opening if c.cut.cut else None if initial_state is None else initial_state.float().contiguous()
+    states, writes = c.chunk_states(), v.new_empty(v.shape)
+    run_forward(p, before, states=(states, writes))
+    closing = dfinal
+    if c.cut.cut:
+        changes = c.item_states()
+        run_reverse(p, do, None, changes, None)
+        closing = run_merge(c, maps, changes, dfinal, reverse=True)
+    dinitial = c.new(0, dtype=torch.float32)
+    if initial_state is not None:
+        dinitial = c.new(*initial_state.shape, dtype=torch.float32)
+    dstates, du = c.chunk_states(), v.new_empty(v.shape)
+    run_reverse(p, do, closing, None if initial_state is None else dinitial, (dstates, du))
+    gradients = run_gradients(c, p, (o, do), (states, dstates, writes, du))
+    return *gradients, dinitial
+
+
+def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: tuple[Tensor, ...]) -> list[Tensor]:
+    """dq, dk, dv, dbeta, ddecay, derase; empty where there is no such tensor. c: the call as it was made; output: o and
+    do; pieces: states, their gradients, writes, dU."""
+    o, do = output
+    heads = (*c.q.shape[:2], c.H)
+    dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
+    derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
+    dv = c.v.new_empty(c.v.shape)
+    default = {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1}
+    tile, key_tile = c.tile("query gradients", default), c.tile("key gradients", default)
+    parts, key_parts = triton.cdiv(c.K, tile["TK"]), triton.cdiv(c.K, key_tile["TK"])
+    # Every tile of keys makes a part of the gradients that are sums over key channels.
+    dbeta = c.new(0) if c.beta is None else c.new(key_parts, *heads, dtype=torch.float32)
+    shape = {NONE.value: (0,), SCALAR.value: (parts + key_parts, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
+    ddecay = c.new(*shape, dtype=torch.float32)
+    if c.packed:  # the documents may end before the row does
+        for x in (dq, dk, dv, derase, dbeta, ddecay):
+            x.zero_()
+    common = {name: value for name, value in c.sizes().items() if name != "BK"}
+    common |= {"NORMALIZE": c.normalize, "DOT": c.precision(), "stride_ot": do.stride(1), "stride_oh": do.stride(2)}
+    pairs, rows = c.cut.num_chunks * c.H, c.q.shape[0] * c.q.shape[1]
+    states, dstates, writes, du = pieces
+    if p.total is not None:
+        key_decay_query_gradients[(pairs * parts,)](
+            c.q, c.k, o, do, p.total, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale,
+            **c.strides("q", "k"), **common, **tile,
+        )  # fmt: skip
+        key_decay_key_gradients[(pairs * key_parts,)](
+            c.q, c.k, c.v, do, p.total, p.vectors, c.plan.chunks, states, dstates, writes, du, dk, dv, dbeta, ddecay,
+            rows, HAS_BETA=c.beta is not None, **c.strides("q", "k", "v"), **common, **key_tile,
+        )  # fmt: skip
+    else:
+        query_gradients[(pairs * parts,)](
+            c.q, c.k, o, do, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale, rows,
+            DECAY=c.decay_kind, **c.strides("q", "k"), **common, **tile,
+        )  # fmt: skip
+        key_value_gradients[(pairs * key_parts,)](
+            c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, p.vectors, c.plan.chunks, states, dstates, writes,
+            du, dk, derase, dv, dbeta, ddecay[parts:], rows, HAS_BETA=c.beta is not None, **c.kind(),
+            **c.strides("q", "k", "a", "v"), **common, **key_tile,
+        )  # fmt: skip
+    dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
+    derase = derase if c.erase is None else _sum_groups(derase, c.erase)
+    dbeta = dbeta if c.beta is None else dbeta.sum(0).to(c.beta.dtype)
+    ddecay = ddecay.sum(0) if c.decay_kind == SCALAR.value else ddecay
+    ddecay = ddecay if c.decay is None else ddecay.to(c.decay.dtype)
+    return [dq, dk, dv, dbeta, ddecay, derase]
+
+
+def _sum_groups(gradient: Tensor, x: Tensor) -> Tensor:
+    """[B, T, H, D] to x's heads."""
+    if gradient.shape[2] == x.shape[2]:
+        return gradient
+    return gradient.unflatten(2, (x.shape[2], -1)).sum(3)
+
+
+@backward.register_fake
+def _(
+    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal,
+    exclusive, normalize, scale,
+):  # fmt: skip
+    nothing = q.new_empty(0, dtype=torch.float32)
+    full = [x.new_empty(x.shape) if x is not None else nothing.clone() for x in (q, k, v, beta, decay, erase)]
+    dinitial = nothing if initial_state is None else initial_state.new_empty(initial_state.shape, dtype=torch.float32)
+    return *full, dinitial
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, exclusive, normalize, scale = inputs
+    ctx.save_for_backward(*tensors, *output[2:], output[0])
+    ctx.options = exclusive, normalize, scale
+
+
+def _autograd(ctx, do, dfinal, *_):
+    tensors = ctx.saved_tensors
+    v, initial_state = tensors[2], tensors[6]
+    do = torch.zeros_like(v) if do is None else do
+    *gradients, dinitial = torch.ops.flame.delta_rule_backward(*tensors, do, dfinal, *ctx.options)
+    if initial_state is not None:
+        dinitial = dinitial.to(initial_state.dtype)
+    every = [*gradients, dinitial, None, None, None, None]
+    return tuple(g if need else None for g, need in zip(every, ctx.needs_input_grad))
+
+
+forward.register_autograd(_autograd, setup_context=_setup_context)
