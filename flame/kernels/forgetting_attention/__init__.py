@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -10,8 +11,10 @@ from flame.kernels.forgetting_attention import chunked, reference
 
 __all__ = ["forgetting_attention"]
 
+PRUNE = 2.0**-20
 
-def forgetting_attention(
+
+def forgetting_attention(  # noqa: PLR0913 (the options of one op)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -19,6 +22,7 @@ def forgetting_attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    prune: float = PRUNE,
     backend: str | None = None,
 ) -> Tensor:
     """Causal attention whose score of (i, j) is ``scale * q_i . k_j + sum of log_forget over j + 1 .. i``.
@@ -30,7 +34,9 @@ def forgetting_attention(
         log_forget: `[B, Tk, H]` fp32, <= 0, one gate a query head; of all keys, cached ones included.
         scale: of the products; K^-0.5 by default. It does not scale the gates.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
-        backend: 'chunked' or 'reference'; default by device.
+        prune: keys so far back that their weights together are below this share of a query's are left out, tile by tile;
+            0 for none. The bound is proved from the gates and the largest norms of q and k. Only 'triton' prunes.
+        backend: 'triton' (heads up to 256), 'chunked' or 'reference'; default by device.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k, v and log_forget.
@@ -49,5 +55,14 @@ def forgetting_attention(
             f"forgetting_attention: log_forget must be [B, Tk, H] = {expected}; got {tuple(log_forget.shape)}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
+    chosen = select_backend(q, backend)
+    if chosen == "triton" and (backend is not None or _tiled(q, v)):
+        from flame.kernels.softmax_attention import flash  # imports triton, which a CPU does not need
+
+        return flash.tiled_attention(q, k, v, log_forget=log_forget, scale=scale, cu_seqlens=cu_seqlens, prune=prune)
+    form = reference if chosen == "reference" else chunked
     return form.forgetting_attention(q, k, v, log_forget, scale, cu_seqlens)
+
+
+def _tiled(q: Tensor, v: Tensor) -> bool:
+    return q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256

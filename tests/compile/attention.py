@@ -1,0 +1,35 @@
+"""Compile the tiled attention kernels for sm_90 and print what each needs, as JSON. Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain] ..."""
+
+import json
+import sys
+
+from tests.compile import compile_only  # isort: skip
+
+import torch
+
+from flame.kernels.softmax_attention import flash
+
+
+def main(words):
+    for word in words:
+        H, Hk, K, V, dtype, *options = word.split(":")
+        meta = {"device": "cpu", "dtype": getattr(torch, dtype)}
+        q, k, v = (
+            torch.zeros(1, 256, int(n), int(d), **meta, requires_grad=True) for n, d in ((H, K), (Hk, K), (Hk, V))
+        )
+        gates = torch.zeros(1, 256, int(H), requires_grad=True)
+        bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if "packed" in options else None
+        plain = not {"window", "sink", "plain"}.isdisjoint(options)
+        o = flash.tiled_attention(
+            q, k, v, log_forget=None if plain else gates, cu_seqlens=bounds, scale=0.1, prune=0.0 if plain else 1e-6,
+            sink=torch.zeros(int(H)) if "sink" in options else None, window=100 if "window" in options else None,
+        )  # fmt: skip
+        o.backward(torch.ones_like(o))
+        for kernel in compile_only.compiled:
+            kernel |= compile_only.resources(kernel.pop("cubin"))
+            kernel["wgmma"] = kernel.pop("ptx").count("wgmma.mma_async")
+            print(json.dumps({"case": word, **kernel}))
+        compile_only.compiled.clear()
+
+
+main(sys.argv[1:])

@@ -1,0 +1,104 @@
+"""The tiled kernels, run by Triton's interpreter, equal the fp64 definitions: outputs and every gradient."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.kernels import interpreter  # noqa: F401  isort: skip
+
+import torch
+
+from flame.kernels.forgetting_attention import forgetting_attention
+from flame.kernels.softmax_attention import pruning
+
+TOLERANCE = 1e-5
+
+
+def inputs(Tq, Tk=None, B=1, H=2, Hk=1, K=16, V=16, strength=0.3):
+    g = torch.Generator().manual_seed(Tq)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    Tk = Tk or Tq
+    forget = -strength * draw(B, Tk, H).abs()
+    return {"q": draw(B, Tq, H, K), "k": draw(B, Tk, Hk, K), "v": draw(B, Tk, Hk, V), "log_forget": forget}
+
+
+def run(call, backend, dtype, **options):
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in call.items()}
+    o = forgetting_attention(**leaves, backend=backend, **options)
+    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad((o * weight).sum(), list(leaves.values()))
+    return {"o": o.detach(), **dict(zip(call, gradients))}
+
+
+def check(call, tolerance=TOLERANCE, **options):
+    got = run(call, "triton", torch.float32, **options)
+    options.pop("prune", None)
+    for name, want in run(call, "reference", torch.float64, **options).items():
+        assert torch.isfinite(got[name]).all(), name
+        error = (got[name].double() - want).norm() / want.norm().clamp(min=1e-3)
+        assert error < tolerance, (name, error.item())
+
+
+@pytest.mark.parametrize("tokens", [2, 31, 64, 100])
+def test_tiles_equal_the_definition(tokens):
+    check(inputs(tokens))
+
+
+def test_heads_that_are_no_power_of_two_are_padded():
+    check(inputs(70, H=3, Hk=3, K=24, V=20))
+
+
+def test_batches_and_late_queries():
+    check(inputs(40, 90, B=2, H=4, Hk=2))
+
+
+def test_packed_documents_never_meet():
+    bounds = torch.tensor([0, 1, 1, 40, 45, 97, 130], dtype=torch.int32)
+    check(inputs(130), cu_seqlens=bounds)
+
+
+def test_strong_forgetting_leaves_out_tiles_within_the_bound():
+    call = inputs(200, strength=3.0)
+    check(call)
+    sums = pruning.running_sums(call["log_forget"])
+    bound = pruning.threshold(call["q"], call["k"], 0.25, 2.0**-20)
+    first, last = (f(sums, bound, 200, 32, 32) for f in (pruning.first_keys, pruning.last_rows))
+    assert first[0, 0].tolist()[-1] > 0
+    assert last[0, 0].tolist()[0] < 200
+    tiles = torch.arange(7) * 32
+    needed = first[..., :, None] <= tiles  # [B, H, query tile, key tile]
+    assert torch.equal(needed.tril(), (tiles[:, None] < last[..., None, :]).tril())
+
+
+def test_pruned_weight_is_below_its_share():
+    call = {name: x.double() for name, x in inputs(150, strength=2.0).items()}
+    exact = forgetting_attention(**call, backend="reference")
+    for share in (1e-1, 1e-3):
+        o = forgetting_attention(**{name: x.float() for name, x in call.items()}, prune=share, backend="triton")
+        assert (o - exact).abs().max() <= 2 * share * call["v"].abs().max() + 1e-5
+
+
+def test_long_sums_keep_their_differences():
+    forget = -torch.rand(1, 20000, 1, generator=torch.Generator().manual_seed(0)) * 50
+    high, low = pruning.running_sums(forget)[:, 0, 0]
+    got = (high[-100:] - high[-50]) + (low[-100:] - low[-50])
+    exact = (forget.double().cumsum(1) / torch.log(torch.tensor(2.0, dtype=torch.float64)))[0, :, 0]
+    torch.testing.assert_close(got.double(), exact[-100:] - exact[-50], rtol=1e-6, atol=1e-6)
+
+
+def test_operator_obeys_the_rules_of_torch_library():
+    call = inputs(20)
+    arguments = (call["q"], call["k"], call["v"], call["log_forget"], None, None, 0.25, 0, 0.1)
+    torch.library.opcheck(
+        torch.ops.flame.tiled_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_compiles_without_a_graph_break():
+    call = {name: x.requires_grad_() for name, x in inputs(33).items()}
+    function = torch.compile(
+        lambda **c: forgetting_attention(**c, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    (dq,) = torch.autograd.grad(function(**call).square().sum(), call["q"])
+    (want,) = torch.autograd.grad(forgetting_attention(**call, backend="chunked").square().sum(), call["q"])
+    torch.testing.assert_close(dq, want, atol=1e-4, rtol=1e-4)
