@@ -1,4 +1,7 @@
-"""Compile the tiled attention kernels for sm_90 and print what each needs, as JSON. Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain] ..."""
+"""Compile the tiled attention kernels for sm_90 and print what each needs, as JSON.
+
+Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain] ...
+"""
 
 import json
 import sys
@@ -7,7 +10,7 @@ from tests.compile import compile_only  # isort: skip
 
 import torch
 
-from flame.kernels.softmax_attention import flash
+from flame.kernels.softmax_attention import triton_flash
 
 
 def main(words):
@@ -20,7 +23,7 @@ def main(words):
         gates = torch.zeros(1, 256, int(H), requires_grad=True)
         bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if "packed" in options else None
         plain = not {"window", "sink", "plain"}.isdisjoint(options)
-        o = flash.tiled_attention(
+        o = triton_flash.tiled_attention(
             q, k, v, log_forget=None if plain else gates, cu_seqlens=bounds, scale=0.1, prune=0.0 if plain else 1e-6,
             sink=torch.zeros(int(H)) if "sink" in options else None, window=100 if "window" in options else None,
         )  # fmt: skip

@@ -14,7 +14,7 @@ __all__ = ["forgetting_attention"]
 PRUNE = 2.0**-20
 
 
-def forgetting_attention(  # noqa: PLR0913 (the options of one op)
+def forgetting_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,9 +57,9 @@ def forgetting_attention(  # noqa: PLR0913 (the options of one op)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = select_backend(q, backend)
     if chosen == "triton" and (backend is not None or _tiled(q, v)):
-        from flame.kernels.softmax_attention import flash  # imports triton, which a CPU does not need
+        from flame.kernels.softmax_attention import triton_flash  # imports triton, which a CPU does not need
 
-        return flash.tiled_attention(q, k, v, log_forget=log_forget, scale=scale, cu_seqlens=cu_seqlens, prune=prune)
+        return triton_flash.tiled_attention(q, k, v, log_forget=log_forget, scale=scale, cu_seqlens=cu_seqlens, prune=prune)
     form = reference if chosen == "reference" else chunked
     return form.forgetting_attention(q, k, v, log_forget, scale, cu_seqlens)
 

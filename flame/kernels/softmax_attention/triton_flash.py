@@ -124,7 +124,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and d log_forget and dsink (empty where there are none)."""
     q, k, v, do = as_rows(q), as_rows(k), as_rows(v), as_rows(do.to(q.dtype))
-    (B, Tq, H, K), (Tk, Hk), V = q.shape, k.shape[1:3], v.shape[3]
+    (B, Tq, H, _), (Tk, Hk) = q.shape, k.shape[1:3]
     gated, prune = sums.numel() > 0, bound.numel() > 0
     rows, keys = (_tile(name, q, v, gated) for name in ("dq", "dkv"))
     start = first_keys(sums, bound, Tq, rows["BM"], rows["BN"]) if prune else None
@@ -207,7 +207,7 @@ def _(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> i
     return 5 * _flops(q_shape, k_shape, v_shape) // 2
 
 
-def tiled_attention(  # noqa: PLR0913 (one op for all that torch's kernels lack)
+def tiled_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
