@@ -85,6 +85,9 @@ JOBS["rodimus"]["ska_attn"] = {"num_heads": 2}
 VARIANTS = {  # parts of layers that not every configuration has, and heads that ranks share
     "one_kv_head": job("transformer", num_heads=4, num_kv_heads=1, qkv_bias=True, qk_norm=True, window_size=7),
     "tied_and_padded": job("transformer", tie_word_embeddings=True, pad_token_id=3),
+    "sinks": job("transformer", num_heads=4, num_kv_heads=2, attention_sinks=True),
+    "path_gated": job("path_attn", num_heads=4, num_kv_heads=1, use_forget_gate=True),
+    "path_bare": job("path_attn", use_low_rank_w=False, use_w_shortconv=False),
     "attention_residuals": job("gla", attnres_block_size=2),
     "gla_shared_kv": job("gla", num_heads=4, num_kv_heads=1, use_short_conv=True, use_output_gate=False),
     "linear_attn_normed": job("linear_attn", norm_feature_map=True, norm_q=True, norm_k=True, num_kv_heads=1),

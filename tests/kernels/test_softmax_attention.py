@@ -38,6 +38,31 @@ def test_value_dimension_may_differ():
     agree(make(B=2, D=12, Dv=4), scale=0.3)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("packed", [False, True])
+def test_sinks_take_weight_and_carry_no_value(window, packed, monkeypatch):
+    monkeypatch.setattr(chunked, "_BAND", 3)
+    q, k, v = make(Hk=2, Hv=2)
+    sink = torch.tensor([-1.0, 0.0, 2.0, 30.0], dtype=torch.float64, requires_grad=True)
+    options = {"window": window, "cu_seqlens": PACKED if packed else None}
+    agree([q, k, v], sink=sink, **options)
+    want, got = (softmax_attention(q, k, v, sink=sink, backend=name, **options) for name in ("reference", "chunked"))
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, sink)) for o in (got, want))):
+        torch.testing.assert_close(a, b)
+    assert got[:, :, 3].abs().max() < 1e-6 < got[:, :, 0].abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_compiled_graph_serves_every_packing(window):
+    q, k, v = (x.detach() for x in make())
+    function = torch.compile(
+        lambda bounds: softmax_attention(q, k, v, window=window, cu_seqlens=bounds), fullgraph=True, backend="aot_eager"
+    )
+    for bounds in (PACKED, torch.tensor([0, 8, 9, 15, 20], dtype=torch.int32)):
+        want = softmax_attention(q, k, v, window=window, cu_seqlens=bounds, backend="reference")
+        torch.testing.assert_close(function(bounds), want)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_last_query_meets_last_key(window, queries):

@@ -9,7 +9,7 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 import torch
 
 from flame.kernels.forgetting_attention import forgetting_attention
-from flame.kernels.softmax_attention import pruning
+from flame.kernels.softmax_attention import pruning, softmax_attention
 
 TOLERANCE = 1e-5
 
@@ -84,6 +84,21 @@ def test_long_sums_keep_their_differences():
     got = (high[-100:] - high[-50]) + (low[-100:] - low[-50])
     exact = (forget.double().cumsum(1) / torch.log(torch.tensor(2.0, dtype=torch.float64)))[0, :, 0]
     torch.testing.assert_close(got.double(), exact[-100:] - exact[-50], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_and_sinks(packed):
+    call = {name: x for name, x in inputs(130, H=2, Hk=1).items() if name != "log_forget"}
+    call["sink"] = torch.tensor([-0.5, 3.0])
+    bounds = torch.tensor([0, 3, 90, 130], dtype=torch.int32) if packed else None
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in call.items()}
+        o = softmax_attention(**leaves, window=40, cu_seqlens=bounds, backend=backend)
+        weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([o, *torch.autograd.grad((o * weight).sum(), list(leaves.values()))])
+    for name, got, want in zip(("o", *call), *results):
+        assert (got - want).norm() < TOLERANCE * want.norm(), name
 
 
 def test_operator_obeys_the_rules_of_torch_library():

@@ -17,6 +17,9 @@ CONFIGS = {
     "transformer_gqa_window_qknorm": {
         "model_type": "transformer", "num_heads": 4, "num_kv_heads": 2, "window_size": 7, "qk_norm": True, "qkv_bias": True,
     },
+    "transformer_sinks": {
+        "model_type": "transformer", "num_heads": 4, "num_kv_heads": 2, "window_size": 7, "attention_sinks": True,
+    },
     "gla": {"model_type": "gla", "num_heads": 2},
     "gla_options": {
         "model_type": "gla", "num_heads": 4, "num_kv_heads": 2, "use_short_conv": True, "feature_map": "relu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -13,7 +14,7 @@ from flame.kernels.softmax_attention import chunked, library, reference
 __all__ = ["softmax_attention"]
 
 
-def softmax_attention(
+def softmax_attention(  # noqa: PLR0913 (the options of one op)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,6 +23,7 @@ def softmax_attention(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Every query sees the keys up to its own position, or the last `window` of them.
@@ -35,27 +37,44 @@ def softmax_attention(
         window: query i sees keys i - window + 1 .. i; None for all.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); none sees another.
         max_seqlen: no document is longer; saves launching programs for documents as long as the row.
-        backend: 'library' (torch's fast kernels, the default on a GPU where they can), 'chunked' (any device; with
-            cu_seqlens it waits for the device) or 'reference'.
+        sink: `[H]` logits, one a query head, that take part in every softmax of the head and carry no value.
+        backend: 'library' (torch's fast kernels, the default on a GPU where they can), 'triton' (ours, what a GPU uses
+            with a sink), 'chunked' (any device; with cu_seqlens it waits for the device) or 'reference'.
 
     Returns:
-        `[B, Tq, H, Dv]` in q.dtype, softmax in fp32. Gradients flow to q, k and v.
+        `[B, Tq, H, Dv]` in q.dtype, softmax in fp32. Gradients flow to q, k, v and sink.
 
     Raises:
         FlameError: shapes that do not fit together, a window under 1, an unknown backend.
     """
-    _check(q, k, v, window, cu_seqlens)
+    _check(q, k, v, window, cu_seqlens, sink)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend is None and q.is_cuda and "FLAME_BACKEND" not in os.environ:
-        chosen = "library" if library.supports(q, k, v, window, cu_seqlens) else "chunked"
+        chosen = _fastest(q, k, v, window, cu_seqlens, sink)
     else:
-        chosen = select_backend(q, backend, ("chunked", "reference", "library"))
+        chosen = select_backend(q, backend, ("chunked", "reference", "library", "triton"))
+    if chosen == "triton":
+        from flame.kernels.softmax_attention import triton_flash  # imports triton, which a CPU does not need
+
+        k, v = library.same_heads(q, k, v)
+        return triton_flash.tiled_attention(q, k, v, sink=sink, cu_seqlens=cu_seqlens, scale=scale, window=window)
     if chosen == "library":
+        if sink is not None:
+            raise FlameError("softmax_attention: torch's kernels have no sinks; take backend 'triton' or 'chunked'.")
         return library.softmax_attention(q, k, v, scale, window, cu_seqlens, max_seqlen)
-    return (chunked if chosen == "chunked" else reference).softmax_attention(q, k, v, scale, window, cu_seqlens)
+    return (chunked if chosen == "chunked" else reference).softmax_attention(q, k, v, scale, window, cu_seqlens, sink)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> None:
+def _fastest(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None, sink: Tensor | None
+) -> str:
+    """The backend of a GPU, by what can take the inputs."""
+    if sink is not None:
+        return "triton" if q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256 else "chunked"
+    return "library" if library.supports(q, k, v, window, cu_seqlens) else "chunked"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None, sink: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.dim() == k.dim() == v.dim() == 4) or q.shape[3] != k.shape[3] or k.shape[:2] != v.shape[:2]:
         raise FlameError(
@@ -69,3 +88,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tens
         raise FlameError(f"softmax_attention: window must be at least 1, or None for no window; got {window}.")
     if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise FlameError(f"softmax_attention: cu_seqlens needs B = 1 and Tq = Tk; got {shapes}.")
+    if sink is not None and sink.shape != (q.shape[2],):
+        raise FlameError(f"softmax_attention: sink needs one logit a head, [{q.shape[2]}]; got {tuple(sink.shape)}.")

@@ -39,7 +39,7 @@ def softmax_attention(
 ) -> Tensor:
     """Shapes as in the reference."""
     width = v.shape[3]
-    k, v = _same_heads(q, k, v)
+    k, v = same_heads(q, k, v)
     if is_plain(q, k, window, cu_seqlens):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         causal, grouped = q.shape[2] > 1, k.shape[1] != q.shape[1]
@@ -50,7 +50,7 @@ def softmax_attention(
     return _varlen(q, k, v, scale, window, cu_seqlens, max_seqlen)[..., :width]
 
 
-def _same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def same_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v with one number of heads."""
     if k.shape[2] == v.shape[2]:
         return k, v

@@ -7,9 +7,15 @@ from torch import Tensor
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """q `[B, Tq, H, Dqk]`, k `[B, Tk, Hk, Dqk]`, v `[B, Tk, Hv, Dv]` -> `[B, Tq, H, Dv]` in q.dtype."""
+    """q `[B, Tq, H, Dqk]`, k `[B, Tk, Hk, Dqk]`, v `[B, Tk, Hv, Dv]`, sink `[H]` -> `[B, Tq, H, Dv]` in q.dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
     H = q.shape[2]
     k, v = k.repeat_interleave(H // k.shape[2], 2), v.repeat_interleave(H // v.shape[2], 2)
@@ -19,7 +25,11 @@ def softmax_attention(
         token = torch.arange(q.shape[1], device=q.device)
         document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
         mask = mask & (document[:, None] == document)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sink is not None:
+        logits = sink.to(wide)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, logits], -1)
+    weights = scores.softmax(-1)[..., : k.shape[1]]
     return torch.einsum("bhij,bjhv->bihv", weights, v.to(wide)).to(q.dtype)
 
 

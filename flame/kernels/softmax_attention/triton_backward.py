@@ -80,7 +80,7 @@ def attention_dq(
     dq = tl.zeros([BM, BK], tl.float32)
     total = tl.zeros([BM], tl.float32)
     at = (b * H + h) * tl.num_programs(0) + tile
-    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr + at, Tk, WINDOW, PACKED, PRUNE, BN)
+    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr, at, Tk, WINDOW, PACKED, PRUNE, BN)
     if PACKED or WINDOW > 0:
         dq, total = dq_sweep(
             dq, total, q, do, lse, delta, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, lower, clear, Tk,
@@ -145,6 +145,7 @@ def row_ranges(
     last,
     end_ptr,
     stop_ptr,
+    at,
     Tq,
     Tk,
     WINDOW: tl.constexpr,
@@ -164,7 +165,7 @@ def row_ranges(
         clear = tl.minimum(clear, first + WINDOW - offset)
         end = tl.minimum(end, last + WINDOW - offset)
     if PRUNE:
-        stop = tl.load(stop_ptr)
+        stop = tl.load(stop_ptr + at)
         clear = tl.minimum(clear, stop)
         end = tl.minimum(end, stop)
     full = tl.cdiv(tl.maximum(last - offset, 0), BM) * BM
@@ -212,7 +213,7 @@ def attention_dkv(
             c = sums_from(high, low, j, live, high0, low0, True)
         total = tl.zeros([BN], tl.float32)
         at = (b * H + h) * tl.num_programs(0) + tile
-        lower, full, clear, end = row_ranges(first, last, end_ptr, stop_ptr + at, Tq, Tk, WINDOW, PACKED, PRUNE, BM)
+        lower, full, clear, end = row_ranges(first, last, end_ptr, stop_ptr, at, Tq, Tk, WINDOW, PACKED, PRUNE, BM)
         dk, dv, total = dkv_sweep(
             dk, dv, total, k, v, c, q, do, lse, delta, q_row, do_row, high, low, high0, low0, begin_ptr, j, lower, full,
             Tq, Tk, scale, K, V, BK, BV, BM, GATED, WINDOW, PACKED, True, PRECISION,

@@ -85,7 +85,7 @@ def _forward(
     start = first_keys(sums, bound, Tq, tile["BM"], tile["BN"]) if prune else None
     begin = None if cu_seqlens is None else boundaries(cu_seqlens, Tk)[0]
     attention_forward[(cdiv(Tq, tile["BM"]), B * H)](
-        q, k, v, o, lse, sums, sink, begin, start,
+        q, k, v, o, lse, sums, None if sink is None else sink.float(), begin, start,
         q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
         Tq, Tk, B * H * Tk, scale * LOG2E, **_sizes(q, k, v), GATED=log_forget is not None, SINK=sink is not None,
         WINDOW=window, PACKED=cu_seqlens is not None, PRUNE=prune, **tile,

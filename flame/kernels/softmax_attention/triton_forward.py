@@ -52,6 +52,7 @@ def key_ranges(
     last,
     begin_ptr,
     start_ptr,
+    at,
     Tk,
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -68,7 +69,7 @@ def key_ranges(
         low = tl.maximum(low, first - WINDOW + 1)
         clear = tl.maximum(clear, last - WINDOW + 1)
     if PRUNE:
-        low = tl.maximum(low, tl.load(start_ptr))
+        low = tl.maximum(low, tl.load(start_ptr + at))
     low = low // BN * BN
     full = tl.maximum((first + 1) // BN * BN, low)
     clear = tl.minimum(tl.maximum(tl.cdiv(clear, BN) * BN, low), full)
@@ -147,7 +148,7 @@ def attention_forward(
         mass += 1.0
     acc = tl.zeros([BM, BV], tl.float32)
     at = (b * H + h) * tl.num_programs(0) + tile
-    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr + at, Tk, WINDOW, PACKED, PRUNE, BN)
+    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr, at, Tk, WINDOW, PACKED, PRUNE, BN)
     if PACKED or WINDOW > 0:
         m, mass, acc = attend(
             m, mass, acc, q, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, lower, clear, Tk, scale,

@@ -20,6 +20,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear, ShortConvolution
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 LOW_RANK = 32
 CONV_SIZE = 3
@@ -114,6 +115,16 @@ class PathAttention(Mixer):
         remember(ctx, "v", v)
         remember(ctx, "forget", forget)
         return k, v, forget
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        directions = "w_proj.1" if c.use_low_rank_w else "w_proj"
+        grouped = rows(self, c.kv_heads, "k_proj", "v_proj", directions, "w_conv1d", "bt_proj")
+        return Plan({**rows(self, c.num_heads, "q_proj", "g_proj"), **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Scores and weighted values, and moving queries across the blocks of keys, which costs as much again."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flame.kernels.rotary import rotary
 from flame.kernels.softmax_attention import softmax_attention
@@ -23,7 +23,11 @@ from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_pe
 
 @dataclass(kw_only=True)
 class TransformerConfig(ModelConfig):
-    """num_kv_heads None means as many as num_heads; window_size w lets a query see the w newest keys, itself included."""
+    """num_kv_heads None means as many as num_heads; window_size w lets a query see the w newest keys, itself included.
+
+    attention_sinks gives each head a learned logit that takes part in its softmax and carries no value, so that a head can
+    attend to nothing (Xiao et al., arXiv 2309.17453; the logit as in gpt-oss, arXiv 2508.10925).
+    """
 
     model_type: ClassVar[str] = "transformer"
 
@@ -33,6 +37,7 @@ class TransformerConfig(ModelConfig):
     qk_norm: bool = False
     window_size: int | None = None
     rope_theta: float = 10000.0
+    attention_sinks: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +74,12 @@ class Attention(Mixer):
         self.o_proj = Linear(c.hidden_size, c.hidden_size, std=std)
         if c.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, eps=1e-5), RMSNorm(c.head_dim, eps=1e-5)
+        self.sinks = nn.Parameter(torch.empty(c.num_heads)) if c.attention_sinks else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
@@ -87,6 +98,7 @@ class Attention(Mixer):
             window=c.window_size,
             cu_seqlens=ctx.cu_seqlens,
             max_seqlen=ctx.max_seqlen,
+            sink=self.sinks,
         )
         return self.o_proj(merge_heads(o))
 
@@ -109,7 +121,7 @@ class Attention(Mixer):
             "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
         }
         grouped = rows(self, c.kv_heads, "k_proj", "v_proj")
-        return Plan({**rows(self, c.num_heads, "q_proj"), **grouped, **columns(self, "o_proj")}, local)
+        return Plan({**rows(self, c.num_heads, "q_proj", "sinks"), **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """Scores and weighted values: 4 operations for every visible key and channel."""
