@@ -77,6 +77,11 @@ def fast_or_plain(q: Tensor, k: Tensor, backend: str | None) -> str:
     return chosen
 
 
+def plain_backend(backend: str | None) -> str | None:
+    """The same choice for softmax_attention, whose fast form is torch's own."""
+    return None if backend == "triton" else backend
+
+
 def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     """Refuse q, k, v that do not fit together, naming the op."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flame.kernels import tiles
 from flame.kernels.block_attention.triton_common import LOG2E, Sizes, gathered_entries, load_rows, precision, store_rows
-from flame.kernels.block_attention.triton_forward import OP
+from flame.kernels.block_attention.triton_forward import OP, tile_key
 from flame.kernels.block_attention.triton_layout import Blocks, Entries, Pieces, cut
 from flame.kernels.layout import cdiv, power_of_2
 
@@ -173,7 +173,7 @@ def differentiate(
     """
     q, S = tensors[0], choices.shape[2]
     dq, dk, dv = grads
-    key = tiles.key("keys", D=sizes.K, E=sizes.V, dtype=q.dtype)
+    key = tile_key("keys", sizes, blocks.size, q.dtype)
     tile = dict(tiles.choose(OP, key, key_tile(sizes, blocks.size), q.device))
     queries, fused = sizes.queries(tile.pop("BM")), tile["BN"] >= blocks.size
     part = q.new_empty(choices.shape[0] * sizes.H * S, sizes.K)
@@ -200,7 +200,7 @@ def _queries(
     tensors: tuple[Tensor, ...], choices: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes, part: Tensor
 ) -> None:
     q = tensors[0]
-    key = tiles.key("queries", D=sizes.K, E=sizes.V, dtype=q.dtype)
+    key = tile_key("queries", sizes, blocks.size, q.dtype)
     tile = dict(tiles.choose(OP, key, query_tile(sizes, blocks.size), q.device))
     queries = sizes.queries(tile.pop("BM"))
     pieces = cut(entries, queries)

@@ -85,7 +85,7 @@ def _join_kernel(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, choices: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes) -> tuple:
     """Parts `[n * Hs * S * GR, V]` in q.dtype and their log2 weights, of the queries of `entries`."""
-    key = tiles.key("part", D=sizes.K, E=sizes.V, dtype=q.dtype)
+    key = tile_key("part", sizes, blocks.size, q.dtype)
     tile = dict(tiles.choose(OP, key, part_tile(sizes, blocks.size), q.device))
     queries = sizes.queries(tile.pop("BM"))
     pieces = cut(entries, queries)
@@ -107,6 +107,11 @@ def join(choices: Tensor, part: Tensor, part_lse: Tensor, out: tuple[Tensor, Ten
     _join_kernel[(cdiv(rows, BR),)](
         choices, part, part_lse, *out, rows, first * sizes.H, S, V=sizes.V, GR=sizes.rows, BV=BV, BR=BR, num_warps=4
     )
+
+
+def tile_key(name: str, sizes: Sizes, block_size: int, dtype: torch.dtype) -> str:
+    """What a tile is filed under; `rows` are the query heads that share a choice."""
+    return tiles.key(name, D=sizes.K, E=sizes.V, rows=sizes.rows, block=block_size, dtype=dtype)
 
 
 def part_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
