@@ -8,16 +8,28 @@ from tests.compile import compile_only  # isort: skip
 import torch
 
 from flame.kernels.block_attention import block_attention
+from flame.kernels.moba import moba
+from flame.kernels.native_sparse_attention import SparsePattern, native_sparse_attention
 
 
-def block(H, Hk, D, dtype, size=64, heads=None):
-    leaves = [torch.empty(1, 256, h, D, dtype=dtype, requires_grad=True) for h in (H, Hk, Hk)]
-    indices = torch.zeros(1, 256, heads or Hk, 4, dtype=torch.int32)
-    block_attention(*leaves, indices, block_size=size, backend="triton").sum().backward()
+def leaves(H, Hk, D, dtype):
+    return [torch.empty(1, 512, h, D, dtype=dtype, requires_grad=True) for h in (H, Hk, Hk)]
+
+
+def block(H, Hk, D, dtype):
+    indices = torch.zeros(1, 512, Hk, 4, dtype=torch.int32)
+    block_attention(*leaves(H, Hk, D, dtype), indices, block_size=64, backend="triton").sum().backward()
 
 
 def chunks(H, Hk, D, dtype):
-    block(H, Hk, D, dtype, size=256, heads=H)
+    moba(*leaves(H, Hk, D, dtype), chunk_size=256, topk=3, backend="triton").sum().backward()
+
+
+def nsa(H, Hk, D, dtype):
+    gates = torch.empty(1, 512, H, 3, dtype=dtype, requires_grad=True)
+    native_sparse_attention(
+        *leaves(H, Hk, D, dtype), gates, SparsePattern(64, 4, 100), backend="triton"
+    ).sum().backward()
 
 
 def main(words):

@@ -143,7 +143,7 @@ def differentiate(tensors: tuple[Tensor, ...], blocks: Blocks, sizes: Sizes) -> 
         *tensors, blocks.origin, blocks.base, dq, blocks.tokens, blocks.size, sizes.scale * LOG2E, sizes.scale, **options,
         BQ=queries, **tile,
     )  # fmt: skip
-    tile, queries = _tile("compressed_means", q, sizes, 64, 4)
+    tile, queries = _tile("compressed_means", q, sizes, 64, 4, 64)
     parts = cdiv(blocks.count, tile["BC"])
     span = split_span(blocks, parts * sizes.Hk, tiles.multiprocessors(q.device))
     # From the first block of a part to the end of its last one's document.
@@ -163,14 +163,14 @@ def split_span(blocks: Blocks, programs: int, multiprocessors: int) -> int:
     return max(128, min(8192, power_of_2(cdiv(blocks.tokens, wanted))))
 
 
-def _tile(name: str, q: Tensor, sizes: Sizes, rows: int, warps: int) -> tuple[dict[str, int], int]:
+def _tile(name: str, q: Tensor, sizes: Sizes, rows: int, warps: int, columns: int = 32) -> tuple[dict[str, int], int]:
     """The tile without its rows, and how many queries those hold."""
     wide = max(sizes.K, sizes.V) > 128
     rows = rows // 2 if wide else rows
     default = {
         "BM": max(16, power_of_2(sizes.rows), rows),
-        "BC": 32 if wide else 64,
-        "num_warps": warps,
+        "BC": columns if wide else 64,
+        "num_warps": 8 if wide else warps,
         "num_stages": 2,
     }
     key = tiles.key(name, D=sizes.K, E=sizes.V, rows=sizes.rows, dtype=q.dtype)

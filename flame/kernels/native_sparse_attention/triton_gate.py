@@ -12,7 +12,7 @@ from flame.kernels.layout import cdiv, power_of_2
 
 
 @triton.jit
-def _forward_kernel(a, b, c, gates, o, rows, V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, THREE: tl.constexpr):
+def _gate_kernel(a, b, c, gates, o, rows, V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, THREE: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     ok = r < rows
     x = tl.load(gates + 3 * r, mask=ok).to(tl.float32)[:, None] * load_rows(a, r, ok, V, BV)
@@ -31,7 +31,7 @@ def _backward_one(x, dx, gates, dgates, do, r, ok, i: tl.constexpr, V: tl.conste
 
 
 @triton.jit
-def _backward_kernel(
+def _gate_backward_kernel(
     do, a, b, c, gates, da, db, dc, dgates, rows,
     V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, THREE: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def forward(a: Tensor, b: Tensor, c: Tensor | None, gates: Tensor) -> Tensor:
     c = None if c is None else c.contiguous()
     o, options = torch.empty_like(a), _launch(a.shape[-1])
     rows = a.numel() // a.shape[-1]
-    _forward_kernel[(cdiv(rows, options["BR"]),)](a, b, c, gates, o, rows, THREE=c is not None, **options)
+    _gate_kernel[(cdiv(rows, options["BR"]),)](a, b, c, gates, o, rows, THREE=c is not None, **options)
     return o
 
 
@@ -67,7 +67,7 @@ def backward(do: Tensor, a: Tensor, b: Tensor, c: Tensor | None, gates: Tensor) 
     dgates = torch.empty_like(gates) if c is not None else torch.zeros_like(gates)
     options = _launch(a.shape[-1])
     rows = a.numel() // a.shape[-1]
-    _backward_kernel[(cdiv(rows, options["BR"]),)](
+    _gate_backward_kernel[(cdiv(rows, options["BR"]),)](
         do, a, b, c, gates, da, db, dc, dgates, rows, THREE=c is not None, **options
     )
     return da, db, dc, dgates
