@@ -51,9 +51,10 @@ def test_nsa_kernels_equal_the_definition_with_gradients(name):
     batch = 2 if bounds is None else 1
     leaves = leaves_of((batch, tokens, H, K), (batch, tokens, Hk, K), (batch, tokens, Hk, V), (batch, tokens, H, 3))
     bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    longest = None if bounds is None else int(bounds.diff().max())
 
     def run(inputs, backend):
-        return native_sparse_attention(*inputs, pattern, cu_seqlens=bounds, backend=backend)
+        return native_sparse_attention(*inputs, pattern, cu_seqlens=bounds, max_seqlen=longest, backend=backend)
 
     assert_kernels_equal_definition(leaves, run)
 
@@ -64,9 +65,10 @@ def test_moba_kernels_equal_the_definition_with_gradients(name):
     batch = 2 if bounds is None else 1
     leaves = leaves_of((batch, tokens, H, K), (batch, tokens, Hk, K), (batch, tokens, Hk, K))
     bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    longest = None if bounds is None else int(bounds.diff().max())
 
     def run(inputs, backend):
-        return moba(*inputs, chunk_size=chunk, topk=topk, cu_seqlens=bounds, backend=backend)
+        return moba(*inputs, chunk_size=chunk, topk=topk, cu_seqlens=bounds, max_seqlen=longest, backend=backend)
 
     assert_kernels_equal_definition(leaves, run)
 
@@ -75,7 +77,7 @@ def test_moba_kernels_equal_the_definition_with_gradients(name):
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_selection_equals_the_sorted_one_with_ties_and_negative_scores(neighbours, count):
     """Scores from a few values, so that most are equal; given in place of the kernel's own."""
-    blocks = make_blocks(1, 120, 8, None, torch.device("cpu"))
+    blocks = make_blocks(torch.empty(1, 120), 8, None)
     scores = torch.randint(-2, 3, (120, 2, 15), generator=torch.Generator().manual_seed(count)).float()
     expected = select_blocks(scores[None], torch.arange(120) // 8, count, neighbours=neighbours)
     out = torch.full((120, 2, count), -1, dtype=torch.int32)
@@ -87,7 +89,7 @@ def test_selection_equals_the_sorted_one_with_ties_and_negative_scores(neighbour
 
 def test_bands_of_scores_do_not_change_the_choice(monkeypatch):
     q, k = (x.detach() for x in leaves_of((1, 600, 2, 16), (1, 600, 2, 16)))
-    blocks, sizes = make_blocks(1, 600, 32, None, q.device), Sizes(2, 2, 2, 16, 16, 0.25)
+    blocks, sizes = make_blocks(q, 32, None), Sizes(2, 2, 2, 16, 16, 0.25)
     means = triton_select.packed_means(k, blocks)
     whole = triton_select.choose_blocks(q, means, None, blocks, sizes, 3, False)
     monkeypatch.setattr(triton_select, "SCRATCH", 1)

@@ -35,13 +35,15 @@ class Blocks:
     base: Tensor
 
 
-def make_blocks(batch: int, length: int, size: int, cu_seqlens: Tensor | None, device: torch.device) -> Blocks:
-    """Blocks of `batch` rows of `length` tokens, or of the packed documents of one row."""
+def make_blocks(x: Tensor, size: int, cu_seqlens: Tensor | None, longest: int | None = None) -> Blocks:
+    """Blocks of the rows of x `[B, T, ...]`, or of the documents packed in its one row, none longer than `longest`."""
+    batch, length, device = int(x.shape[0]), int(x.shape[1]), x.device
     tokens, columns = batch * length, cdiv(length, size)
     if cu_seqlens is None:
         bounds, documents = torch.arange(batch + 1, device=device) * length, batch
         count = batch * columns
     else:
+        columns = columns if longest is None else min(columns, cdiv(longest, size))
         bounds, documents = cu_seqlens.long(), cu_seqlens.numel() - 1
         count = length // size + documents
     each = (bounds.diff() + size - 1) // size

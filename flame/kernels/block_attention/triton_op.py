@@ -34,7 +34,7 @@ def forward(
     """o `[B, T, H, V]` and the log2 of every row's softmax sum `[B, T, H]`."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     sizes = sizes_of(q, k, v, indices, scale)
-    blocks = make_blocks(q.shape[0], q.shape[1], block_size, cu_seqlens, q.device)
+    blocks = make_blocks(q, block_size, cu_seqlens)
     o, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     indices = indices.flatten(0, 1)
     for band in bands(blocks.tokens, q, sizes.V, indices.shape[2]):
@@ -60,7 +60,7 @@ def backward(
     """Gradients of q, k and v."""
     q, k, v, do = (x.contiguous() for x in (q, k, v, do.to(o.dtype)))
     sizes = sizes_of(q, k, v, indices, scale)
-    blocks = make_blocks(q.shape[0], q.shape[1], block_size, cu_seqlens, q.device)
+    blocks = make_blocks(q, block_size, cu_seqlens)
     indices = indices.flatten(0, 1)
     tensors = (q, k, v, do, lse, triton_backward.row_sums(o, do))
     parts = bands(blocks.tokens, q, sizes.K, indices.shape[2])

@@ -50,7 +50,9 @@ def _score_kernel(
             s = tl.exp2(s - weight[:, None])
         s = tl.where(ok[:, None], s, 0.0)
         s = tl.sum(tl.reshape(s, [BQ, GP, BC]), 1)
-        inside = there[:, None] & (c[None, :] >= start[:, None]) & (c[None, :] < (start + own)[:, None])
+        inside = (
+            there[:, None] & (c[None, :] >= start[:, None]) & (c[None, :] < (start + tl.minimum(own, COLUMNS))[:, None])
+        )
         tl.store(at[:, None] + c[None, :], s, mask=inside)
 
 

@@ -21,6 +21,7 @@ def moba(  # noqa: PLR0913
     topk: int,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     means: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -38,6 +39,7 @@ def moba(  # noqa: PLR0913
         topk: chunks a query sees, its own included. 1 or less means all: full causal attention.
         scale: of the scores; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
+        max_seqlen: no document is longer; saves memory and programs.
         means: mean keys of the complete chunks `[B, Tk // chunk_size, Hk, K]`, where a decoder has kept them; not with
             cu_seqlens.
         backend: 'triton' (needs Tq = Tk), 'chunked' or 'reference'; default by device.
@@ -55,12 +57,14 @@ def moba(  # noqa: PLR0913
         raise FlameError("moba: means are for decoding plain rows; leave them out with cu_seqlens.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if topk <= 1 or k.shape[1] <= chunk_size:
-        return softmax_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=plain_backend(backend))
+        return softmax_attention(
+            q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=plain_backend(backend)
+        )
     chosen = fast_or_plain(q, k, backend)
     if chosen == "triton":
         from flame.kernels.moba import triton_op  # a CPU needs no triton
 
-        return triton_op.moba(q, k, v, chunk_size, topk, scale, cu_seqlens)
+        return triton_op.moba(q, k, v, chunk_size, topk, scale, cu_seqlens, max_seqlen)
     if chosen == "reference":
         return reference.moba(q, k, v, chunk_size, topk, scale, cu_seqlens)
     return chunked.moba(q, k, v, chunk_size, topk, scale, cu_seqlens, means)

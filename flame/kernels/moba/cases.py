@@ -43,7 +43,7 @@ def chosen_score(q: Tensor, k: Tensor, chunk: int, topk: int, backend: str | Non
     if select_backend(q, backend) == "triton":
         from flame.kernels.moba.triton_op import route
 
-        indices = route(q, k, None, chunk, topk)
+        indices = route(q, k, None, chunk, None, topk)
     else:
         indices = chunked.route(q, block_means(k, chunk), 0, chunk, topk)
     own = (torch.arange(q.shape[1], device=q.device) // chunk)[:, None, None]

@@ -37,6 +37,7 @@ def native_sparse_attention(  # noqa: PLR0913
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     means: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     backend: str | None = None,
@@ -57,6 +58,7 @@ def native_sparse_attention(  # noqa: PLR0913
         gates: `[B, Tq, H, 3]`, factors of the three branches.
         scale: of the scores; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); blocks are counted from their starts.
+        max_seqlen: no document is longer; saves memory and programs.
         means: means of k and v over their complete blocks, `[B, Tk // block_size, Hk, .]`, where a decoder has kept
             them; not with cu_seqlens.
         block_indices: `[B, Tq, Hk, S]` blocks to use instead of choosing any, as in `block_attention`.
@@ -76,12 +78,19 @@ def native_sparse_attention(  # noqa: PLR0913
     window = None
     if pattern.window:
         window = softmax_attention(
-            q, k, v, scale=scale, window=pattern.window, cu_seqlens=cu_seqlens, backend=plain_backend(backend)
+            q,
+            k,
+            v,
+            scale=scale,
+            window=pattern.window,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend=plain_backend(backend),
         )
     if chosen == "triton":
         from flame.kernels.native_sparse_attention import triton_op  # a CPU needs no triton
 
-        parts = triton_op.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)
+        parts = triton_op.branches(q, k, v, pattern, scale, cu_seqlens, block_indices, max_seqlen)
         return triton_op.gated_sum(*parts, window, gates)
     form = reference if chosen == "reference" else chunked
     parts = form.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)

@@ -97,10 +97,12 @@ def chosen_weight(tensors: Tensors, pattern: SparsePattern, backend: str | None)
         from flame.kernels.block_attention.triton_select import packed_means
         from flame.kernels.native_sparse_attention import triton_op
 
-        blocks = make_blocks(q.shape[0], T, pattern.block_size, None, q.device)
+        blocks = make_blocks(q, pattern.block_size, None)
         k_means, v_means = packed_means(tensors["k"], blocks), packed_means(tensors["v"], blocks)
-        _, lse = triton_op.forward(tensors["q"], k_means, v_means, None, pattern.block_size, scale)
-        indices = triton_op.choose(tensors["q"], k_means, lse, None, pattern.block_size, pattern.block_count, scale)
+        _, lse = triton_op.forward(tensors["q"], k_means, v_means, None, pattern.block_size, None, scale)
+        indices = triton_op.choose(
+            tensors["q"], k_means, lse, None, pattern.block_size, None, pattern.block_count, scale
+        )
     else:
         indices = chunked.choose(weights, 0, pattern, Hk)
     importance = torch.nn.functional.pad(weights.sum(3), (0, 2))  # the own block may be incomplete; and a spare column
