@@ -13,15 +13,8 @@ from properties import (
 from flame.errors import ConfigError
 from flame.models import build_model
 
-NSA = {
-    "model_type": "nsa",
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "block_size": 4,
-    "block_counts": 3,
-    "window_size": 5,
-}
+NSA_SHAPE = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "block_size": 4, "block_counts": 3, "window_size": 5}
+NSA = {"model_type": "nsa", **NSA_SHAPE}
 MOBA = {"model_type": "moba", "num_heads": 4, "moba_chunk_size": 4, "moba_topk": 3}
 CONFIGS = {
     "nsa": NSA,
@@ -30,12 +23,8 @@ CONFIGS = {
     "moba": MOBA,
     "moba_options": {**MOBA, "num_kv_heads": 2, "qkv_bias": True, "qk_norm": True, "use_output_gate": True},
     "moba_full": {**MOBA, "moba_topk": 1},
-    "hybrid": {
-        **MOBA,
-        "layer_types": ["moba", "nsa"],
-        "layer_options": {"nsa": {k: v for k, v in NSA.items() if k != "model_type"}},
-    },
-}
+    "hybrid": {**MOBA, "layer_types": ["moba", "nsa"], "layer_options": {"nsa": NSA_SHAPE}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,6 +5,7 @@ Native sparse attention: Yuan et al., arXiv 2502.11089. MoBA: Lu et al., arXiv 2
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -38,7 +39,7 @@ def block_attention(
         scale: of the scores; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk). Blocks are counted from the document's
             start.
-        backend: 'chunked' or 'reference'; default by device.
+        backend: 'triton' (needs Tq = Tk), 'chunked' or 'reference'; default by device.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype, zero where a query has no key. Gradients flow to q, k and v.
@@ -54,8 +55,31 @@ def block_attention(
             f"{q.shape[2]}; got {tuple(indices.shape)} for q {tuple(q.shape)}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
+    chosen = fast_or_plain(q, k, backend)
+    if chosen == "triton":
+        from flame.kernels.block_attention.triton_op import block_attention_triton  # a CPU needs no triton
+
+        return block_attention_triton(q, k, v, indices, cu_seqlens, block_size, scale)[0]
+    form = reference if chosen == "reference" else chunked
     return form.block_attention(q, k, v, indices, block_size, scale, cu_seqlens)
+
+
+def fast_or_plain(q: Tensor, k: Tensor, backend: str | None) -> str:
+    """The backend to run. The kernels are for whole rows in at most fp32; a decoder's few queries take the torch form."""
+    whole = q.shape[1] == k.shape[1] and q.dtype != torch.float64
+    if backend is None and not whole:
+        return "chunked"
+    chosen = select_backend(q, backend)
+    if chosen == "triton" and not whole:
+        raise FlameError(
+            f"The triton backend needs Tq = Tk in at most fp32; got {tuple(q.shape)}, {tuple(k.shape)}, {q.dtype}."
+        )
+    return chosen
+
+
+def plain_backend(backend: str | None) -> str | None:
+    """The same choice for softmax_attention, whose fast form is torch's own."""
+    return None if backend == "triton" else backend
 
 
 def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -50,7 +50,8 @@ def _one(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int, scal
     B, queries, H, _ = q.shape
     if queries == 0:
         return q.new_empty(*q.shape[:3], v.shape[3])
-    keys = k.shape[1]
+    keys, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    k, v = k.to(wide), v.to(wide)  # here and not in each band, whose gradients would be rounded before they add up
 
     def run(start: int, end: int) -> Tensor:
         first = keys - queries + start

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.backend import select_backend
-from flame.kernels.block_attention import check_shapes
+from flame.kernels.block_attention import check_shapes, fast_or_plain, plain_backend
 from flame.kernels.moba import chunked, reference
 from flame.kernels.softmax_attention import softmax_attention
 
@@ -22,6 +21,7 @@ def moba(  # noqa: PLR0913
     topk: int,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     means: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -39,9 +39,10 @@ def moba(  # noqa: PLR0913
         topk: chunks a query sees, its own included. 1 or less means all: full causal attention.
         scale: of the scores; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
+        max_seqlen: no document is longer; saves memory and programs.
         means: mean keys of the complete chunks `[B, Tk // chunk_size, Hk, K]`, where a decoder has kept them; not with
             cu_seqlens.
-        backend: 'chunked' or 'reference'; default by device.
+        backend: 'triton' (needs Tq = Tk), 'chunked' or 'reference'; default by device.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k and v.
@@ -55,9 +56,15 @@ def moba(  # noqa: PLR0913
     if means is not None and cu_seqlens is not None:
         raise FlameError("moba: means are for decoding plain rows; leave them out with cu_seqlens.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = select_backend(q, backend, ("chunked", "reference"))
     if topk <= 1 or k.shape[1] <= chunk_size:
-        return softmax_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
+        return softmax_attention(
+            q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=plain_backend(backend)
+        )
+    chosen = fast_or_plain(q, k, backend)
+    if chosen == "triton":
+        from flame.kernels.moba import triton_op  # a CPU needs no triton
+
+        return triton_op.moba(q, k, v, chunk_size, topk, scale, cu_seqlens, max_seqlen)
     if chosen == "reference":
         return reference.moba(q, k, v, chunk_size, topk, scale, cu_seqlens)
     return chunked.moba(q, k, v, chunk_size, topk, scale, cu_seqlens, means)

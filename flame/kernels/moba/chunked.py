@@ -28,18 +28,20 @@ def _one(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, topk: int, scale: flo
     keys = k.shape[1]
     if queries == 0:
         return q.new_empty(*q.shape[:3], v.shape[3])
+    wide = torch.promote_types(q.dtype, torch.float32)
     means = block_means(k.detach(), chunk_size) if means is None else means.detach()
+    k, v = k.to(wide), v.to(wide)  # once: gradients of bands add up unrounded
 
     def run(start: int, end: int) -> Tensor:
         band, first = q[:, start:end], keys - queries + start
-        indices = _route(band.detach(), means, first, chunk_size, topk)
+        indices = route(band.detach(), means, first, chunk_size, topk)
         return attend_band(band, k, v, indices, first, chunk_size, scale)
 
     size = band_size(B, H, topk * chunk_size, k.shape[3], keys)
     return torch.cat(in_bands(queries, size, run), dim=1)
 
 
-def _route(q: Tensor, means: Tensor, first: int, chunk_size: int, topk: int) -> Tensor:
+def route(q: Tensor, means: Tensor, first: int, chunk_size: int, topk: int) -> Tensor:
     """Chunks `[B, n, H, topk]` of queries at places first .. of a document."""
     wide = torch.promote_types(q.dtype, torch.float32)
     current = torch.arange(first, first + q.shape[1], device=q.device) // chunk_size

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.backend import select_backend
-from flame.kernels.block_attention import check_shapes
+from flame.kernels.block_attention import check_shapes, fast_or_plain, plain_backend
 from flame.kernels.native_sparse_attention import chunked, reference
 from flame.kernels.softmax_attention import softmax_attention
 
@@ -38,6 +37,7 @@ def native_sparse_attention(  # noqa: PLR0913
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     means: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     backend: str | None = None,
@@ -58,10 +58,11 @@ def native_sparse_attention(  # noqa: PLR0913
         gates: `[B, Tq, H, 3]`, factors of the three branches.
         scale: of the scores; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); blocks are counted from their starts.
+        max_seqlen: no document is longer; saves memory and programs.
         means: means of k and v over their complete blocks, `[B, Tk // block_size, Hk, .]`, where a decoder has kept
             them; not with cu_seqlens.
         block_indices: `[B, Tq, Hk, S]` blocks to use instead of choosing any, as in `block_attention`.
-        backend: 'chunked' or 'reference'; default by device.
+        backend: 'triton' (needs Tq = Tk), 'chunked' or 'reference'; default by device.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k, v and gates.
@@ -73,16 +74,34 @@ def native_sparse_attention(  # noqa: PLR0913
     if means is not None and cu_seqlens is not None:
         raise FlameError("native_sparse_attention: means are for decoding plain rows; leave them out with cu_seqlens.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
-    compressed, selected = form.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    g = gates.to(wide).unsqueeze(-1).unbind(3)  # each [B, T, H, 1]
-    o = g[0] * compressed + g[1] * selected
+    chosen = fast_or_plain(q, k, backend)
+    window = None
     if pattern.window:
-        o = o + g[2] * softmax_attention(
-            q, k, v, scale=scale, window=pattern.window, cu_seqlens=cu_seqlens, backend=backend
+        window = softmax_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            window=pattern.window,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            backend=plain_backend(backend),
         )
-    return o.to(q.dtype)
+    if chosen == "triton":
+        from flame.kernels.native_sparse_attention import triton_op  # a CPU needs no triton
+
+        parts = triton_op.branches(q, k, v, pattern, scale, cu_seqlens, block_indices, max_seqlen)
+        return triton_op.gated_sum(*parts, window, gates)
+    form = reference if chosen == "reference" else chunked
+    parts = form.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)
+    return _gated_sum((*parts, window), gates).to(q.dtype)
+
+
+def _gated_sum(branches: tuple[Tensor | None, ...], gates: Tensor) -> Tensor:
+    wide = torch.promote_types(gates.dtype, torch.float32)
+    factors = gates.to(wide).unsqueeze(-1).unbind(3)  # each [B, T, H, 1]
+    terms = [g * x for g, x in zip(factors, branches) if x is not None]
+    return sum(terms[1:], terms[0])
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, pattern: SparsePattern, cu_seqlens: Tensor | None) -> None:

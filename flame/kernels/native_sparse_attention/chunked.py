@@ -53,13 +53,15 @@ def _one(
         empty = q.new_empty(*q.shape[:3], v.shape[3])
         return empty, empty
     k_means, v_means = (block_means(k, size), block_means(v, size)) if means is None else means
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v, k_means, v_means = (x.to(wide) for x in (k, v, k_means, v_means))  # once: gradients of bands add up unrounded
 
     def run(start: int, end: int) -> tuple[Tensor, Tensor]:
         band, first = q[:, start:end], keys - queries + start
         compressed, weights = compressed_band(band, k_means, v_means, first, size, scale)
         chosen = indices[:, start:end]
         if chosen.shape[-1] == 0:
-            chosen = _choose(weights, first, pattern, k.shape[2])
+            chosen = choose(weights, first, pattern, k.shape[2])
         return compressed, attend_band(band, k, v, chosen, first, size, scale)
 
     bands = in_bands(queries, band_size(B, H, pattern.block_count * size, k.shape[3], keys), run)
@@ -82,7 +84,7 @@ def compressed_band(
     return o.flatten(2, 3).to(q.dtype), weights
 
 
-def _choose(weights: Tensor, first: int, pattern: SparsePattern, kv_heads: int) -> Tensor:
+def choose(weights: Tensor, first: int, pattern: SparsePattern, kv_heads: int) -> Tensor:
     queries = weights.shape[1]
     current = torch.arange(first, first + queries, device=weights.device) // pattern.block_size
     columns = (first + queries - 1) // pattern.block_size + 1

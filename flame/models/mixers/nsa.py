@@ -17,6 +17,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -87,8 +88,22 @@ class NativeSparseAttention(Mixer):
                     means_with_past(ctx, "k_means", k, c.block_size),
                     means_with_past(ctx, "v_means", v, c.block_size),
                 )
-        o = native_sparse_attention(q, k, v, gates, self.pattern, cu_seqlens=ctx.cu_seqlens, means=means)
+        o = native_sparse_attention(
+            q, k, v, gates, self.pattern, cu_seqlens=ctx.cu_seqlens, max_seqlen=ctx.max_seqlen, means=means
+        )
         return self.o_proj(merge_heads(o))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan | None:
+        """None where ranks would share a key head: the blocks are chosen by all of its query heads together."""
+        c = self.config
+        if c.kv_heads % ranks:
+            return None
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": whole_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads, grouped = rows(self, c.num_heads, "q_proj", "g_proj"), rows(self, c.kv_heads, "k_proj", "v_proj")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """4 operations for every key or block mean that a query sees, and channel, in each branch."""

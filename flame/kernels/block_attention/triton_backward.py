@@ -1,0 +1,250 @@
+"""Backward pass, block by block like the forward pass: keys and values gather their queries; queries sum their parts.
+
+A piece of a bucket owns its block's keys and walks the queries that chose them. Where one tile holds the whole block it
+also leaves each query's part of dq; larger blocks take dq from a pass with the forward's shape. Buckets with several pieces
+(the first block, which every query sees) leave partial sums that are added in a fixed order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flame.kernels import tiles
+from flame.kernels.block_attention.triton_common import LOG2E, Sizes, gathered_entries, load_rows, precision, store_rows
+from flame.kernels.block_attention.triton_forward import OP, tile_key
+from flame.kernels.block_attention.triton_layout import Blocks, Entries, Pieces, cut
+from flame.kernels.layout import cdiv, power_of_2
+
+ROWS_PER_PIECE = 4096
+
+
+@triton.jit
+def _delta_kernel(o, do, delta, rows, V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr):
+    """Sum over channels of o * do, a row each."""
+    r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    ok = r < rows
+    product = load_rows(o, r, ok, V, BV).to(tl.float32) * load_rows(do, r, ok, V, BV).to(tl.float32)
+    tl.store(delta + r, tl.sum(product, 1), mask=ok)
+
+
+@triton.jit
+def _query_kernel(
+    q, k, v, do, lse, delta, order, offsets, bucket_at, begin_at, starts, ends, part, first, S, NB, scale,
+    H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a block adds to dq / scale of the queries that chose it."""
+    bucket = tl.load(bucket_at + tl.program_id(0))
+    begin = tl.load(begin_at + tl.program_id(0))
+    end = tl.minimum(begin + BQ, tl.load(offsets + bucket + 1))
+    if begin < end:
+        head, block = bucket // NB, bucket % NB
+        start, stop = tl.load(starts + block), tl.load(ends + block)
+        row, t, h, ok = gathered_entries(order, begin, end, first, S, Hs, GR, GP, BQ * GP)
+        own = t.to(tl.int64) * H + h
+        queries, grads = load_rows(q, own, ok, K, BK), load_rows(do, own, ok, V, BV)
+        weight, shift = tl.load(lse + own, mask=ok, other=0.0), tl.load(delta + own, mask=ok, other=0.0)
+        dq = tl.zeros([BQ * GP, BK], tl.float32)
+        for j0 in range(start, tl.minimum(stop, tl.max(tl.where(ok, t, 0), 0) + 1), BN):
+            j = j0 + tl.arange(0, BN)
+            keys = load_rows(k, j.to(tl.int64) * Hk + head, j < stop, K, BK)
+            values = load_rows(v, j.to(tl.int64) * Hk + head, j < stop, V, BV)
+            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+            seen = (j[None, :] <= t[:, None]) & (j < stop)[None, :] & ok[:, None]
+            p = tl.where(seen, tl.exp2(s - weight[:, None]), 0.0)
+            dp = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
+            ds = (p * (dp - shift[:, None])).to(keys.dtype)
+            dq += tl.dot(ds, keys, input_precision=PRECISION)
+        store_rows(part, row, ok, dq, K, BK)
+
+
+@triton.jit
+def _key_kernel(
+    q, k, v, do, lse, delta, order, offsets, bucket_at, begin_at, slot_at, starts, ends, part, dk, dv, dk_part, dv_part,
+    first, S, NB, SIZE, LENGTH, scale, softmax_scale,
+    H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, WITH_DQ: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BN keys of a block from a piece of its bucket, in fp32; all products have the keys in their rows."""
+    piece = tl.program_id(0)
+    bucket, begin, slot = tl.load(bucket_at + piece), tl.load(begin_at + piece), tl.load(slot_at + piece)
+    end = tl.minimum(begin + LENGTH, tl.load(offsets + bucket + 1))
+    head, block = bucket // NB, bucket % NB
+    start, stop = tl.load(starts + block), tl.load(ends + block)
+    j = start + tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = (j < stop) & (j < start + SIZE)
+    if begin < end:
+        keys = load_rows(k, j.to(tl.int64) * Hk + head, inside, K, BK)
+        values = load_rows(v, j.to(tl.int64) * Hk + head, inside, V, BV)
+        sum_k, sum_v = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BV], tl.float32)
+        for i in range(begin, end, BQ):
+            row, t, h, ok = gathered_entries(order, i, end, first, S, Hs, GR, GP, BQ * GP)
+            own = t.to(tl.int64) * H + h
+            queries, grads = load_rows(q, own, ok, K, BK), load_rows(do, own, ok, V, BV)
+            weight, shift = tl.load(lse + own, mask=ok, other=0.0), tl.load(delta + own, mask=ok, other=0.0)
+            s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+            seen = (j[:, None] <= t[None, :]) & inside[:, None] & ok[None, :]
+            p = tl.where(seen, tl.exp2(s - weight[None, :]), 0.0)
+            sum_v += tl.dot(p.to(grads.dtype), grads, input_precision=PRECISION)
+            dp = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+            ds = (p * (dp - shift[None, :])).to(queries.dtype)
+            sum_k += tl.dot(ds, queries, input_precision=PRECISION)
+            if WITH_DQ:
+                # [K, rows] from ds as it lies: a transposed accumulator must not be an operand.
+                dq = tl.dot(tl.trans(keys), ds, input_precision=PRECISION)
+                store_rows(part, row, ok, tl.trans(dq), K, BK)
+        sum_k *= softmax_scale
+        if slot < 0:
+            own = j.to(tl.int64) * Hk + head
+            if ADD:
+                sum_k += load_rows(dk, own, inside, K, BK)
+                sum_v += load_rows(dv, own, inside, V, BV)
+            store_rows(dk, own, inside, sum_k, K, BK)
+            store_rows(dv, own, inside, sum_v, V, BV)
+        else:
+            own = slot.to(tl.int64) * SIZE + j - start
+            store_rows(dk_part, own, inside, sum_k, K, BK)
+            store_rows(dv_part, own, inside, sum_v, V, BV)
+
+
+@triton.jit
+def _sum_pieces_kernel(
+    slots, starts, ends, x_part, x, NB, SIZE,
+    Hk: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums of a bucket with several pieces."""
+    bucket = tl.program_id(0)
+    low, high = tl.load(slots + bucket), tl.load(slots + bucket + 1)
+    if low < high:
+        head, block = bucket // NB, bucket % NB
+        start, stop = tl.load(starts + block), tl.load(ends + block)
+        j = start + tl.program_id(1) * BN + tl.arange(0, BN)
+        inside = (j < stop) & (j < start + SIZE)
+        own = j.to(tl.int64) * Hk + head
+        total = tl.zeros([BN, BD], tl.float32)
+        if ADD:
+            total += load_rows(x, own, inside, D, BD)
+        for slot in range(low, high):
+            total += load_rows(x_part, slot * SIZE + j - start, inside, D, BD)
+        store_rows(x, own, inside, total, D, BD)
+
+
+@triton.jit
+def _join_queries_kernel(
+    choices, part, dq, rows, first_row, S, scale, K: tl.constexpr, GR: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
+):
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    ok = r < rows
+    pair, g = r // GR, r % GR
+    total = tl.zeros([BR, BK], tl.float32)
+    for s in range(S):
+        there = ok & (tl.load(choices + pair * S + s, mask=ok, other=-1) >= 0)
+        total += load_rows(part, (pair * S + s) * GR + g, there, K, BK).to(tl.float32)
+    store_rows(dq, first_row + r, ok, total * scale, K, BK)
+
+
+def row_sums(o: Tensor, do: Tensor) -> Tensor:
+    """delta = sum(o * do) over the last dimension, fp32, of contiguous `[..., V]`."""
+    V, rows = o.shape[-1], o.numel() // o.shape[-1]
+    BV = max(16, power_of_2(V))
+    BR = max(1, 4096 // BV)
+    delta = o.new_empty(o.shape[:-1], dtype=torch.float32)
+    _delta_kernel[(cdiv(rows, BR),)](o, do, delta, rows, V=V, BV=BV, BR=BR)
+    return delta
+
+
+def differentiate(
+    tensors: tuple[Tensor, ...],
+    choices: Tensor,
+    entries: Entries,
+    blocks: Blocks,
+    sizes: Sizes,
+    grads: tuple,
+    add: bool,
+) -> None:
+    """Write dq of the queries of `entries` and add to (or, unless `add`, write) the dk and dv of the blocks they chose.
+
+    tensors: q, k, v, do, lse, delta. grads: dq, dk, dv, the last two zero before the first call.
+    """
+    q, S = tensors[0], choices.shape[2]
+    dq, dk, dv = grads
+    key = tile_key("keys", sizes, blocks.size, q.dtype)
+    tile = dict(tiles.choose(OP, key, key_tile(sizes, blocks.size), q.device))
+    queries, fused = sizes.queries(tile.pop("BM")), tile["BN"] >= blocks.size
+    part = q.new_empty(choices.shape[0] * sizes.H * S, sizes.K)
+    if not fused:
+        _queries(tensors, choices, entries, blocks, sizes, part)
+    pieces = cut(entries, max(queries, ROWS_PER_PIECE // power_of_2(sizes.rows)))
+    dk_part = dk.new_empty(pieces.most_slots * blocks.size, sizes.K, dtype=torch.float32)
+    dv_part = dv.new_empty(pieces.most_slots * blocks.size, sizes.V, dtype=torch.float32)
+    _key_kernel[pieces.count, cdiv(blocks.size, tile["BN"])](
+        *tensors, entries.order, entries.offsets, pieces.bucket, pieces.begin, pieces.slot, blocks.starts, blocks.ends,
+        part, dk, dv, dk_part, dv_part, entries.first, S, blocks.count, blocks.size, pieces.length, sizes.scale * LOG2E,
+        sizes.scale, **sizes.constants(), BQ=queries, PRECISION=precision(q), WITH_DQ=fused, ADD=add, **tile,
+    )  # fmt: skip
+    for x_part, x in ((dk_part, dk), (dv_part, dv)):
+        _sum_pieces(pieces, blocks, entries.buckets, x_part, x, sizes.Hk, add)
+    rows, BK = choices.shape[0] * sizes.H, max(16, power_of_2(sizes.K))
+    BR = max(1, 2048 // BK)
+    _join_queries_kernel[(cdiv(rows, BR),)](
+        choices, part, dq, rows, entries.first * sizes.H, S, sizes.scale, K=sizes.K, GR=sizes.rows, BK=BK, BR=BR
+    )
+
+
+def _queries(
+    tensors: tuple[Tensor, ...], choices: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes, part: Tensor
+) -> None:
+    q = tensors[0]
+    key = tile_key("queries", sizes, blocks.size, q.dtype)
+    tile = dict(tiles.choose(OP, key, query_tile(sizes, blocks.size), q.device))
+    queries = sizes.queries(tile.pop("BM"))
+    pieces = cut(entries, queries)
+    _query_kernel[(pieces.count,)](
+        *tensors, entries.order, entries.offsets, pieces.bucket, pieces.begin, blocks.starts, blocks.ends, part,
+        entries.first, choices.shape[2], blocks.count, sizes.scale * LOG2E, **sizes.constants(), BQ=queries,
+        PRECISION=precision(q), **tile,
+    )  # fmt: skip
+
+
+def _sum_pieces(pieces: Pieces, blocks: Blocks, buckets: int, x_part: Tensor, x: Tensor, Hk: int, add: bool) -> None:
+    D = x.shape[-1]
+    BD, BN = max(16, power_of_2(D)), max(1, min(32, power_of_2(blocks.size)))
+    _sum_pieces_kernel[buckets, cdiv(blocks.size, BN)](
+        pieces.slots,
+        blocks.starts,
+        blocks.ends,
+        x_part,
+        x,
+        blocks.count,
+        blocks.size,
+        Hk=Hk,
+        D=D,
+        BD=BD,
+        BN=BN,
+        ADD=add,
+    )
+
+
+def key_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
+    wide = max(sizes.K, sizes.V) > 128
+    return {
+        "BM": max(16, power_of_2(sizes.rows), 32 if wide else 64),
+        "BN": max(16, min(64, power_of_2(block_size))),
+        "num_warps": 8 if wide else 4,
+        "num_stages": 1 if wide else 2,
+    }
+
+
+def query_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
+    wide = max(sizes.K, sizes.V) > 128
+    return {
+        "BM": max(power_of_2(sizes.rows), 64 if wide else 128),
+        "BN": max(16, min(32 if wide else 64, power_of_2(block_size))),
+        "num_warps": 8,
+        "num_stages": 2,
+    }

@@ -1,0 +1,113 @@
+"""The fast path as operators of torch: `flame::block_attention` and its backward, with fakes and autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flame.kernels.block_attention import triton_backward, triton_forward
+from flame.kernels.block_attention.triton_common import Sizes
+from flame.kernels.block_attention.triton_layout import make_blocks, sort_entries, valid_choices
+from flame.kernels.direct import Direct
+from flame.kernels.layout import cdiv
+
+SCRATCH = 1 << 29  # bytes that the parts of one band of queries may take
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> Sizes:
+    return Sizes(q.shape[2], k.shape[2], indices.shape[2], q.shape[3], v.shape[3], scale)
+
+
+def bands(tokens: int, q: Tensor, width: int, slots: int) -> list[range]:
+    """Queries a time, such that their parts `[n, H, S, width]` fit into SCRATCH; whole multiples of 256."""
+    each = q.shape[2] * slots * width * q.element_size()
+    size = max(256, SCRATCH // max(each, 1) // 256 * 256)
+    size = cdiv(cdiv(tokens, cdiv(tokens, size)), 256) * 256
+    return [range(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor | None, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o `[B, T, H, V]` and the log2 of every row's softmax sum `[B, T, H]`."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    sizes = sizes_of(q, k, v, indices, scale)
+    blocks = make_blocks(q, block_size, cu_seqlens)
+    o, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    indices = indices.flatten(0, 1)
+    for band in bands(blocks.tokens, q, sizes.V, indices.shape[2]):
+        choices = valid_choices(indices[band.start : band.stop], blocks, band.start)
+        entries = sort_entries(choices, blocks, sizes.Hk, band.start)
+        part, part_lse = triton_forward.attend(q, k, v, choices, entries, blocks, sizes)
+        triton_forward.join(choices, part, part_lse, (o, lse), band.start, sizes)
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    q, k, v, do = (x.contiguous() for x in (q, k, v, do.to(o.dtype)))
+    sizes = sizes_of(q, k, v, indices, scale)
+    blocks = make_blocks(q, block_size, cu_seqlens)
+    indices = indices.flatten(0, 1)
+    tensors = (q, k, v, do, lse, triton_backward.row_sums(o, do))
+    parts = bands(blocks.tokens, q, sizes.K, indices.shape[2])
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32 if len(parts) > 1 else x.dtype) for x in (k, v))
+    for band in parts:
+        choices = valid_choices(indices[band.start : band.stop], blocks, band.start)
+        entries = sort_entries(choices, blocks, sizes.Hk, band.start)
+        triton_backward.differentiate(tensors, choices, entries, blocks, sizes, (dq, dk, dv), band.start > 0)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v"
+_OPTIONS = "Tensor indices, Tensor? cu_seqlens, int block_size, float scale"
+_library = torch.library.Library("flame", "FRAGMENT")
+_library.define(f"block_attention({_ARGUMENTS}, {_OPTIONS}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"block_attention_backward(Tensor do, {_ARGUMENTS}, Tensor o, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _device in ("CUDA", "CPU"):
+    _library.impl("block_attention", forward, _device)
+    _library.impl("block_attention_backward", backward, _device)
+
+
+@torch.library.register_fake("flame::block_attention")
+def _fake(q, k, v, indices, cu_seqlens, block_size, scale):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("flame::block_attention_backward")
+def _fake_backward(do, q, k, v, o, lse, indices, cu_seqlens, block_size, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, cu_seqlens, ctx.block_size, ctx.scale = inputs
+    o, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, o, lse, indices, cu_seqlens)
+
+
+def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _direct_backward(do, *ctx.saved_tensors, ctx.block_size, ctx.scale)
+    return *gradients, None, None, None, None
+
+
+_direct_backward = Direct(torch.ops.flame.block_attention_backward, backward)
+torch.library.register_autograd("flame::block_attention", _backward, setup_context=_setup_context)
+block_attention_triton = Direct(torch.ops.flame.block_attention, forward, _setup_context, _backward)
