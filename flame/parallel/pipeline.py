@@ -114,7 +114,7 @@ class Pipeline(nn.Module):
             stages = [self.torch_stage(part, rows, tokens) for part in self.own]
             kind = get_schedule_class(self.schedule_name)
             single = stages if schedule_kind(self.schedule_name)[1].several else stages[0]
-            self.schedules[key] = kind(single, count, loss_fn=lambda loss, _: loss.sum(), scale_grads=False)
+            self.schedules[key] = kind(single, count, loss_fn=lambda loss, _: loss.clone(), scale_grads=False)
         return self.schedules[key]
 
     def torch_stage(self, part: StageModel, rows: int, tokens: int) -> PipelineStage:
@@ -128,7 +128,7 @@ class Pipeline(nn.Module):
             part.stage.count,
             self.device,
             input_args=ticket if part.stage.is_first else room(part.received),
-            output_args=ticket.clone().requires_grad_() if part.stage.is_last else room(part.sent),
+            output_args=ticket.sum().requires_grad_() if part.stage.is_last else room(part.sent),
             group=self.group,
         )
 
@@ -158,7 +158,7 @@ class Pipeline(nn.Module):
             cache.seen += input_ids.shape[1]
         is_end = self.own[-1].stage.is_last
         if labels is not None:
-            loss_sum = outputs.view(()) if is_end else torch.zeros((), device=input_ids.device)
+            loss_sum = outputs if is_end else torch.zeros((), device=input_ids.device)
             return CausalLMOutput(loss_sum=loss_sum, cache=cache)
         if not is_end:
             dtype = outputs[0].dtype

@@ -80,15 +80,20 @@ class Together(torch.autograd.Function):
     """Identity on several tensors, which makes all of them differentiable if one is, and gives each a gradient.
 
     Stages exchange the gradient of every tensor they exchange, also where one does not lead to the loss.
+
+    Args:
+        copy: return tensors of their own, as FSDP wants the outputs of a module to be.
     """
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors)
+    def forward(ctx: Any, copy: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if copy:
+            return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.contiguous() for gradient in gradients)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(gradient.contiguous() for gradient in gradients)
 
 
 @dataclass
@@ -142,7 +147,7 @@ class StageModel(CausalLM):
                     backbone._modules[name] = None
 
     def forward(self, *received: Tensor) -> tuple[Tensor, ...] | Tensor:  # type: ignore[override]
-        """The next piece of `work`: what the stage after needs, or the loss [1] or the logits.
+        """The next piece of `work`: what the stage after needs, or the loss (0-d) or the logits.
 
         Stages see their micro-batches in the same order, so that only activations have to be passed.
 
@@ -155,13 +160,13 @@ class StageModel(CausalLM):
         if self.stage.is_first:
             x, carried = backbone.embeddings(ids), backbone.initial_carried()
         else:
-            x, *rest = Together.apply(*received)
+            x, *rest = Together.apply(False, *received)
             carried = {entry.name: tensor for entry, tensor in zip(self.received[1:], rest)}
         x, carried = backbone.run_blocks(x, carried, ctx, cache)
         if not self.stage.is_last:
-            return Together.apply(x, *(carried[entry.name] for entry in self.sent[1:]))
+            return Together.apply(True, x, *(carried[entry.name] for entry in self.sent[1:]))
         hidden = backbone.finish(x, carried)
         if work.labels is None:
             return self.logits(hidden)
         loss = self.loss_sum(hidden, work.labels, carried)
-        return (loss if work.scale is None else loss / work.scale).view(1)
+        return loss if work.scale is None else loss / work.scale
