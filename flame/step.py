@@ -14,6 +14,7 @@ from flame.errors import ConfigError, FlameError, unknown_name
 from flame.optim.clipping import clip_gradients, global_grad_norm
 from flame.optim.optimizer import Optimizer
 from flame.parallel.fsdp import set_accumulation
+from flame.parallel.pipeline import Pipeline
 
 NAN_POLICIES = ("skip", "rollback", "stop")
 IGNORED = -100  # label of a position without target
@@ -138,7 +139,7 @@ class TrainStep:
     """Turns the micro-batches of one global step into one update of the weights.
 
     Args:
-        model: sharded by `flame.parallel.fsdp.apply_fsdp`, with the forward of `CausalLM`.
+        model: sharded by `flame.parallel.fsdp.apply_fsdp`, with the forward of `CausalLM`; or the stages of a pipeline.
         group: ranks that hold different tokens.
     """
 
@@ -146,6 +147,7 @@ class TrainStep:
         self, model: nn.Module, optimizer: Optimizer, guard: FiniteGuard, group: dist.ProcessGroup, options: StepOptions
     ) -> None:
         self.model: Any = model
+        self.pipeline = model if isinstance(model, Pipeline) else None
         self.optimizer = optimizer
         self.guard = guard
         self.group = group
@@ -159,14 +161,11 @@ class TrainStep:
             step: number of this step, for messages; a 0-d tensor on the device when it is being recorded.
         """
         tokens = self.count_tokens(batches)
-        loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
-        for index, batch in enumerate(batches):
-            set_accumulation(self.model, index == len(batches) - 1, self.options.reduce_every)
-            loss += self.forward_backward(batch, tokens)
+        loss = self.accumulate(batches, tokens)
         dist.all_reduce(loss, group=self.group)
 
         gradients = self.optimizer.gradients()
-        grad_norm = global_grad_norm(gradients)
+        grad_norm = self.pipeline.grad_norm(gradients) if self.pipeline else global_grad_norm(gradients)
         clip_gradients(gradients, grad_norm, self.options.max_norm)
         learning_rate = self.optimizer.step(self.guard.allow(loss, grad_norm.to(loss.device), step))
         self.optimizer.zero_grad()
@@ -177,6 +176,16 @@ class TrainStep:
         count = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
         dist.all_reduce(count, group=self.group)
         return count.clamp(min=1)
+
+    def accumulate(self, batches: Sequence[MicroBatch], tokens: Tensor) -> Tensor:
+        """Gradients of all micro-batches, reduced over ranks; this rank's share of the loss."""
+        if self.pipeline:
+            return self.pipeline.accumulate(batches, tokens)
+        loss = torch.zeros((), dtype=torch.float32, device=tokens.device)
+        for index, batch in enumerate(batches):
+            set_accumulation(self.model, index == len(batches) - 1, self.options.reduce_every)
+            loss += self.forward_backward(batch, tokens)
+        return loss
 
     def forward_backward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
         """Gradients of this micro-batch's share of the loss, which is returned."""

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from flame.checkpoint import CheckpointManager
 from flame.checkpoint.convert import name_special_tokens
 from flame.config import JobConfig, model_values, to_toml
 from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, load_tokenizer
-from flame.data.build import global_batch_size
+from flame.data.build import global_batch_size, microbatch_rows
 from flame.errors import CheckpointError
 from flame.evaluation.generate import Sampling, generate_text
 from flame.graphed import GraphedStep
@@ -29,6 +30,7 @@ from flame.parallel.distributed import World, set_timeouts
 from flame.parallel.fsdp import reshard
 from flame.parallel.mesh import build_mesh
 from flame.parallel.parallelize import build_sharded_model, degrees_of
+from flame.parallel.pipeline import build_pipeline
 from flame.progress import Progress, RandomState
 from flame.runtime import GarbageCollection, make_deterministic, seed_everything
 from flame.step import FiniteGuard, NonFiniteStep, StepOptions, StepResult, TrainStep
@@ -61,7 +63,8 @@ class Trainer:
         self.loader = build_loader(job, self.tokenizer, rank, size)
         self.batches = iter(self.loader)
         self.config = model_config(job, self.tokenizer)
-        self.model = build_sharded_model(self.config, job, self.mesh, world.device)
+        build = build_pipeline if self.mesh.degrees.pp > 1 else build_sharded_model
+        self.model: Any = build(self.config, job, self.mesh, world.device)
         self.optimizer = build_optimizer(job, self.model)
         self.guard = FiniteGuard(job.training.nan_policy, world.device, job.training.max_skipped_steps)
         options = StepOptions(job.training.max_norm, job.parallelism.reduce_each_microbatch)
@@ -132,7 +135,7 @@ class Trainer:
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of one step, on its device."""
-        count = self.rows_per_step // (self.job.training.local_batch_size * self.mesh.data_size)
+        count = self.rows_per_step // (microbatch_rows(self.job) * self.mesh.data_size)
         with self.throughput.waiting_for_data():
             batches = [next(self.batches) for _ in range(count)]
         return [batch.to(self.world.device, non_blocking=True) for batch in batches]
@@ -282,10 +285,10 @@ class Trainer:
         """Say what is about to be trained: the resolved job, the mesh, the model, the parameter groups."""
         if self.job.job.print_config:
             logger.info("Resolved job:\n%s", to_toml(self.job))
-        sizes = [parameter.numel() for parameter in self.model.parameters()]
         tokens, device = self.rows_per_step * self.job.training.seq_len, self.world.device
         logger.info("%d processes on %s: %s", self.world.size, device.type, self.mesh.degrees)
-        logger.info("%s with %s parameters, %s tokens a step", self.config.model_type, f"{sum(sizes):,}", f"{tokens:,}")
+        size = f"{self.model.parameter_count:,}"
+        logger.info("%s with %s parameters, %s tokens a step", self.config.model_type, size, f"{tokens:,}")
         groups = [group for rule in self.optimizer.rules.values() for group in rule.groups]
         logger.info("Parameter groups:\n%s", describe_groups(groups, self.job.optimizer.lr))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flame.data import Batch, Tokenizer
 from flame.parallel.fsdp import reshard
+from flame.parallel.pipeline import Pipeline
 from flame.step import IGNORED
 
 
@@ -79,6 +80,8 @@ class Validator:
             sums += counts.to(self.device)
             sums[0] += output.loss_sum
         self.model.train()
+        if isinstance(self.model, Pipeline):
+            sums[0] = self.model.total(sums[0])  # only the last stage knows the loss
         reshard(self.model)  # a forward alone leaves the root gathered, which a loaded checkpoint would not reach
         dist.all_reduce(sums, group=self.group)
         nats, tokens, size = sums.tolist()

@@ -31,6 +31,7 @@ AT_LEAST = {
     "parallelism.tensor_parallel_degree": 1,
     "parallelism.pipeline_parallel_degree": 1,
     "parallelism.pipeline_parallel_microbatch_size": 1,
+    "parallelism.pipeline_parallel_stages_per_rank": 1,
     "parallelism.context_parallel_degree": 1,
     "optimizer.lr": 0,
     "optimizer.eps": 0,

@@ -83,6 +83,9 @@ class Parallelism:
     pipeline_parallel_microbatch_size: int = 1
     """Sequences that travel through the pipeline together; divides local_batch_size."""
 
+    pipeline_parallel_stages_per_rank: int | None = None
+    """Runs of layers on each rank, for schedules that take several; absent, 2 for those and 1 for the others."""
+
     context_parallel_degree: int = 1
     """Ranks over which each sequence is split."""
 

@@ -54,7 +54,7 @@ def build_loader(job: JobConfig, tokenizer: Tokenizer, dp_rank: int, dp_world_si
         ConfigError: the batch or the virtual shards cannot be divided among the ranks.
         DataError: a source is missing, empty or malformed.
     """
-    rank = RankSettings(dp_rank, dp_world_size, job.training.local_batch_size, _workers(job))
+    rank = RankSettings(dp_rank, dp_world_size, microbatch_rows(job), _workers(job))
     _check_divides(job, dp_world_size)
     return Loader(open_recipe(data_settings(job), tokenizer), rank)
 
@@ -118,6 +118,14 @@ def data_settings(job: JobConfig) -> DataSettings:
         on_malformed=training.on_malformed,
         holdout=validation.holdout if shares_data else 0.0,
     )
+
+
+def microbatch_rows(job: JobConfig) -> int:
+    """Rows of a micro-batch: of one forward and backward, or of what travels through a pipeline together."""
+    section = job.parallelism
+    if section.pipeline_parallel_degree > 1:
+        return section.pipeline_parallel_microbatch_size
+    return job.training.local_batch_size
 
 
 def global_batch_size(job: JobConfig, dp_world_size: int) -> int:

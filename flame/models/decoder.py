@@ -127,6 +127,11 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings and self.lm_head is not None:  # pipeline stages lack it, but the last
             self.lm_head.weight = self.decoder.embeddings._parameters["weight"]  # stored, not as read
 
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the whole model, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def new_cache(self) -> Cache:
         """An empty decode cache for this model."""
         return Cache.empty(self.config.num_hidden_layers)

@@ -114,13 +114,16 @@ def write_folder(
     write_config(folder, config, common)
 
 
-def export_model(model: CausalLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, full tensor), one at a time; all ranks must go through it together."""
+    for name, tensor in named_weights(model).items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def export_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write a model in training, sharded or not; all ranks must call it, rank 0 writes, one full tensor at a time."""
     is_writer = not dist.is_initialized() or dist.get_rank() == 0
-    gathered = (
-        (name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
-        for name, tensor in named_weights(model).items()
-    )
+    gathered = model.full_weights() if hasattr(model, "full_weights") else full_weights(model)
     if is_writer:
         write_folder(folder, model.config, gathered, dtype)
     else:

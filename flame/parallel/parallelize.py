@@ -13,9 +13,10 @@ from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.compile import compile_blocks
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp, parse_dtype
 from flame.parallel.mesh import CONFIG_KEYS, Degrees, Mesh
+from flame.parallel.pipeline_split import schedule_kind
 from flame.parallel.tensor import apply_tensor_parallel
 
-NOT_YET = ("pp", "cp")  # axes that the mesh has and training cannot use yet
+NOT_YET = ("cp",)  # axes that the mesh has and training cannot use yet
 
 
 def degrees_of(job: JobConfig) -> Degrees:
@@ -42,10 +43,13 @@ def degrees_of(job: JobConfig) -> Degrees:
 
 
 def sharding_options(job: JobConfig) -> ShardingOptions:
+    reshard = job.parallelism.fsdp_reshard_after_forward
+    if reshard == "default" and job.parallelism.pipeline_parallel_degree > 1:
+        reshard = "never"  # a stage would gather its blocks again for every micro-batch
     return ShardingOptions(
         param_dtype=parse_dtype(job.training.mixed_precision_param, "training.mixed_precision_param"),
         reduce_dtype=parse_dtype(job.training.mixed_precision_reduce, "training.mixed_precision_reduce"),
-        reshard_after_forward=job.parallelism.fsdp_reshard_after_forward,
+        reshard_after_forward=reshard,
         cpu_offload=job.training.enable_cpu_offload,
     )
 
@@ -77,7 +81,12 @@ def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.devic
 
 def compiles(job: JobConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as the job says, else on GPUs only (on a CPU it costs more than it gains)."""
-    return device.type == "cuda" if job.compile.enable == "auto" else job.compile.enable
+    if job.compile.enable != "auto":
+        return job.compile.enable
+    section = job.parallelism
+    if section.pipeline_parallel_degree > 1 and schedule_kind(section.pipeline_parallel_schedule)[1].splits_backward:
+        return False  # torch has compiled blocks compute all gradients at once
+    return device.type == "cuda"
 
 
 def materialize(model: CausalLM, job: JobConfig, device: torch.device) -> None:
