@@ -111,11 +111,10 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
 def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     """Keys of the kernels that a problem of this shape may launch, and tiles worth timing."""
     decay = {"plain": "none", "key": "key"}.get(s.kind, "scalar")
-    choices = {"prepare": slices((16, 32, 64), (1, 2)), "merge": []}
+    choices = {"prepare": slices((32, 64), (1, 2)), "merge": [], "rows": rows(), "scores": scores()}
     choices |= {name: sweeps(s.K) for name in ("forward", "states", "reverse", "maps", "reverse maps")}
-    choices |= {name: gradients() for name in ("query gradients", "key gradients")}
     if decay == "key":
-        choices["gate"] = slices((32, 64, 128), (4, 8))
+        choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
     return {
         tiles.key(name, decay=decay, K=s.K, V=s.V, dtype=s.dtype): candidates for name, candidates in choices.items()
     }
@@ -127,12 +126,16 @@ def slices(widths: tuple[int, ...], warps: tuple[int, ...]) -> list[tiles.Tile]:
 
 def sweeps(K: int) -> list[tiles.Tile]:
     # Values 32 wide with one stage are compiled to accesses out of bounds by Triton 3.6.
-    rows = [(64, 4, 1), (64, 4, 2), (32, 4, 2), (128, 8, 1), (64, 8, 1)]
+    choices = [(64, 4, 1), (64, 4, 2), (32, 4, 2), (128, 8, 1), (64, 8, 1)]
     if K > 128:
-        rows = [(32, 4, 2), (64, 8, 1), (64, 8, 2)]
-    return [{"BV": width, "num_warps": warps, "num_stages": stages} for width, warps, stages in rows]
+        choices = [(32, 4, 2), (64, 8, 1), (64, 8, 2)]
+    return [{"BV": width, "num_warps": warps, "num_stages": stages} for width, warps, stages in choices]
 
 
-def gradients() -> list[tiles.Tile]:
-    rows = [(64, 64, 4, 1), (64, 64, 8, 1), (128, 64, 8, 1), (128, 128, 8, 1), (64, 32, 4, 1)]
-    return [{"TK": tk, "BV": bv, "num_warps": warps, "num_stages": stages} for tk, bv, warps, stages in rows]
+def rows() -> list[tiles.Tile]:
+    choices = [(64, 64, 4, 1), (64, 64, 8, 1), (128, 64, 8, 1), (64, 128, 8, 1), (64, 64, 4, 2)]
+    return [{"TK": tk, "BV": bv, "num_warps": warps, "num_stages": stages} for tk, bv, warps, stages in choices]
+
+
+def scores() -> list[tiles.Tile]:
+    return [{"BV": bv, "num_warps": warps, "num_stages": 1} for bv, warps in ((64, 4), (64, 8), (128, 8))]

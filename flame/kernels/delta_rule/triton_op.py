@@ -344,8 +344,8 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
     M, H, rows = c.cut.num_chunks, c.H, c.q.shape[0] * c.q.shape[1]
-    default = {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1}
-    tile = c.tile("rows", default)
+    warps = 8 if c.decay_kind == KEY.value else 4
+    tile = c.tile("rows", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": warps, "num_stages": 1})
     parts = triton.cdiv(c.K, tile["TK"])
     # Every tile of keys makes a part of the gradients that are sums over key channels.
     dbeta = c.new(0) if c.beta is None else c.new(parts, *heads, dtype=torch.float32)
@@ -361,7 +361,7 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     sums = c.new(M, H, SUMS.value, CHUNK, dtype=torch.float32)
     score_gradients[(M * H,)](
         c.v, o, do, p.vectors, c.plan.chunks, writes, du, dv, dscores, dsystem, sums, **c.strides("v"), **c.kind(),
-        H=H, V=c.V, C=CHUNK, **common, **c.tile("scores", {"BV": 64, "num_warps": 4, "num_stages": 1}),
+        H=H, V=c.V, C=CHUNK, **common, **c.tile("scores", {"BV": 64, "num_warps": 8, "num_stages": 1}),
     )  # fmt: skip
     tensors = (p.vectors, c.plan.chunks, states, dstates, writes, du, dscores, dsystem, sums, dq, dk, derase, dbeta, ddecay)
     options = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, **c.strides("q", "k", "a"), **sizes, **common}
