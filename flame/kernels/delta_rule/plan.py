@@ -37,7 +37,7 @@ class Plan:
 
 
 def make_cut(batch: int, tokens: int, documents: int | None, columns: int, processors: int) -> Cut:
-    """Cut [batch, tokens] so that items * columns programs fill the GPU once, two to a processor, where that leaves segments worth it.
+    """Cut [batch, tokens] so that items * columns programs fill the GPU, two to a processor, if that leaves long segments.
 
     documents: how many are packed into the row; None for plain rows. columns: independent programs an item has (heads
     times value tiles). A packed row is judged by its worst case, one long document.
