@@ -29,9 +29,6 @@ from flame.kernels.delta_rule.triton_prepare import (
     tile_of,
 )
 
-MODERATE = tl.constexpr(96.0)  # powers of two that a bf16 row can be scaled by and back
-
-
 @triton.jit
 def gate_rows(
     q_ptr,
@@ -41,7 +38,7 @@ def gate_rows(
     chunk_ptr,
     total_ptr,  # [T, H, K] fp32, log2 decay since the chunk's start
     factor_ptr,  # [chunks, H, K] fp32, decay over the chunk
-    moderate_ptr,  # [chunks, H] int32, 1 where no half of the chunk decays by more than 2^-MODERATE
+    moderate_ptr,  # [chunks, H] int32, 1 where no half of the chunk decays by more than 2^-STEEPEST
     seen_ptr,  # [T, H, K] Q e^G, at unit length times scale
     read_ptr,  # [T, H, K] A e^R, at unit length
     written_ptr,  # [T, H, K] K e^(Gc - G), at unit length
@@ -61,6 +58,7 @@ def gate_rows(
     EXCLUSIVE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORM_EPS: tl.constexpr,
+    STEEPEST: tl.constexpr,
 ):
     program = tl.program_id(0)
     chunk, head = program // H, program % H
@@ -117,7 +115,7 @@ def gate_rows(
         if ERASE:
             a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % SLICE == 0) * a_factor[:, None]
         tl.store(read_ptr + at_key + cell, (a * opened).to(dtype), mask=mask)
-    tl.store(moderate_ptr + program, (steepest > -MODERATE).to(tl.int32))
+    tl.store(moderate_ptr + program, (steepest > -STEEPEST).to(tl.int32))
 
 
 @triton.jit

@@ -194,9 +194,11 @@ def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict
     seen, read, written = (c.new(*heads) for _ in range(3))
     kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
     norm = {"NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS}
+    # Powers of two by which rows can be scaled without leaving the dtype's range.
+    steepest = 6.0 if c.q.dtype == torch.float16 else 96.0
     gate_rows[(M * H,)](
         c.q, c.k, c.erase, c.decay, c.plan.chunks, total, factor, moderate, seen, read, written, c.scale,
-        **c.strides("q", "k", "a"), **sizes, **kind, **norm,
+        **c.strides("q", "k", "a"), **sizes, **kind, **norm, STEEPEST=steepest,
         **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
     )  # fmt: skip
     if scores:
