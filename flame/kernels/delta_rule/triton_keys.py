@@ -29,6 +29,7 @@ from flame.kernels.delta_rule.triton_prepare import (
     tile_of,
 )
 
+
 @triton.jit
 def gate_rows(
     q_ptr,

@@ -365,7 +365,22 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
         c.v, o, do, p.vectors, c.plan.chunks, writes, du, dv, dscores, dsystem, sums, **c.strides("v"), **c.kind(),
         H=H, V=c.V, C=CHUNK, **common, **c.tile("scores", {"BV": 64, "num_warps": 8, "num_stages": 1}),
     )  # fmt: skip
-    tensors = (p.vectors, c.plan.chunks, states, dstates, writes, du, dscores, dsystem, sums, dq, dk, derase, dbeta, ddecay)
+    tensors = (
+        p.vectors,
+        c.plan.chunks,
+        states,
+        dstates,
+        writes,
+        du,
+        dscores,
+        dsystem,
+        sums,
+        dq,
+        dk,
+        derase,
+        dbeta,
+        ddecay,
+    )
     options = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, **c.strides("q", "k", "a"), **sizes, **common}
     erase = c.k if c.erase is None else c.erase
     if p.total is None:
