@@ -11,7 +11,7 @@ import torch
 from flame.kernels.delta_rule import plan
 from tests.kernels.test_delta_rule import call, gradients, make_inputs
 
-VARIANTS = ["plain", "scalar", "key", "comba", "erase", "grouped", "product", "no_beta"]
+VARIANTS = ["plain", "scalar", "key", "comba", "erase", "grouped", "product", "no_beta", "untied"]
 
 
 def check(variant, inputs, tolerance=2e-5, dtype=torch.float32, **options):
@@ -49,7 +49,8 @@ def test_bf16_stays_within_rounding_of_the_recurrence(variant):
 
 
 def test_strong_decay_neither_overflows_nor_loses_gradients():
-    for variant, name in (("scalar", "scalar_decay"), ("comba", "scalar_decay"), ("key", "key_decay")):
+    for variant in ("scalar", "comba", "key", "untied"):
+        name = "scalar_decay" if variant in ("scalar", "comba") else "key_decay"
         inputs = make_inputs(variant, B=1, T=70, H=1, K=16, V=16)
         strong = torch.where(torch.arange(70) % 3 == 0, -80.0, -1e-3).double()
         inputs[name] = (
@@ -77,7 +78,7 @@ def test_equal_keys_stay_exact_with_a_weak_decay(variant):
     check(variant, inputs, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["plain", "product", "key"])
+@pytest.mark.parametrize("variant", ["plain", "product", "key", "untied"])
 def test_packed_documents_never_meet(variant):
     lengths = (5, 0, 70, 1)
     inputs = make_inputs(variant, B=1, T=sum(lengths) + 4, H=1, K=16, V=16, states=len(lengths))

@@ -11,6 +11,7 @@ from flame.kernels.delta_rule.problem import (
     Problem,
     Tied,
     Untied,
+    as_two_steps,
     check_tied,
     check_untied,
     expand_steps,
@@ -131,12 +132,15 @@ def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
     if name == "reference" or (p.q.shape[1] == 1 and p.cu_seqlens is None and backend is None):
         return recurrence(p)
     if name == "triton":
-        if not isinstance(p, Tied) or not kernels_cover(p):
+        if not kernels_cover(p):
             raise FlameError(
                 f"delta_rule: no kernel for this form, keys of {p.k.shape[-1]} channels or {p.q.dtype}; leave backend "
                 "at None or take 'chunked'."
             )
         from flame.kernels.delta_rule.triton_op import delta_rule_triton
 
-        return delta_rule_triton(p)
+        if isinstance(p, Tied):
+            return delta_rule_triton(p)
+        o, final = delta_rule_triton(as_two_steps(p))
+        return o[:, 1::2], final
     return chunked(p)

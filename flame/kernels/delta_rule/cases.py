@@ -12,8 +12,9 @@ from flame.kernels import tiles
 from flame.kernels.checking import Case, Tensors
 from flame.kernels.delta_rule import delta_rule, dplr_delta_rule
 
-# Forms of the models: DeltaNet, Gated DeltaNet, its grouped values, DeltaProduct, Comba, Kimi Delta Attention.
-KINDS = ("plain", "scalar", "grouped", "product", "comba", "key")
+# Forms of the models: DeltaNet, Gated DeltaNet, its grouped values, DeltaProduct, Comba, Kimi Delta Attention,
+# RWKV-7.
+KINDS = ("plain", "scalar", "grouped", "product", "comba", "key", "untied")
 LENGTHS = (0, 5, 5, 75, 76, 140, 270, 970)  # bounds of ragged documents: short, none, odd, one token, a chunk, long
 # What bf16 keeps of pseudo-values and inverted systems adds up along a chunk; the peers store the same.
 TOLERANCE = 1e-2
@@ -36,12 +37,12 @@ class Shape:
 
 def cases() -> list[Case]:
     checked = [Shape(kind, 2, 200, 2, 128, 128) for kind in KINDS]
-    checked += [Shape(kind, 2, 200, 2, 64, 64) for kind in ("plain", "scalar", "key")]
+    checked += [Shape(kind, 2, 200, 2, 64, 64) for kind in ("plain", "scalar", "key", "untied")]
     checked += [Shape("scalar", 2, 200, 1, 256, 512), Shape("scalar", 2, 200, 2, 96, 192)]
     for kind in ("scalar", "key"):
         checked += [Shape(kind, 2, tokens, 2, 128, 128) for tokens in (1, 63, 64, 65)]
         checked += [Shape(kind, 1, 200, 2, 128, 128, torch.float16)]
-    for kind in ("plain", "scalar", "key"):
+    for kind in ("plain", "scalar", "key", "untied"):
         checked += [
             Shape(kind, 1, 4096 + 7, 2, 128, 128),  # long enough to be cut in segments
             Shape(kind, 1, LENGTHS[-1], 2, 128, 128, packed=True),
@@ -50,6 +51,7 @@ def cases() -> list[Case]:
     checked += [Shape("scalar", 1, 200, 2, 128, 128, hard=True), Shape("scalar", 1, 4103, 1, 256, 512)]
     tuned = [Shape(kind, 8, 4096, 16, 128, 128, state=False) for kind in ("plain", "scalar", "key")]
     tuned += [Shape("scalar", 8, 4096, 6, 256, 512, state=False), Shape("scalar", 8, 4096, 16, 64, 64, state=False)]
+    tuned += [Shape("untied", 8, 4096, 32, 64, 64, state=False)]
     return [make_case(shape) for shape in checked] + [make_case(shape, tune=True) for shape in tuned]
 
 
@@ -93,14 +95,19 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
         call["k"] = normal(1, 1, H, s.K) + call["k"]
     if s.kind == "comba":
         call["erase_key"] = normal(B, T, H, s.K)
+    if s.kind == "untied":
+        kappa = F.normalize(normal(B, T, H, s.K), dim=-1)
+        call |= {"a": -kappa, "b": kappa * normal(B, T, H, s.K).sigmoid()}
     call = {name: x.to(s.dtype) for name, x in call.items()}
-    call["beta"] = 2 * normal(B, rows, wide).sigmoid() if not s.hard else 1.98 + 0 * normal(B, rows, wide)
-    decay = -F.softplus(normal(B, T, wide, *(s.K,) * (s.kind == "key")) - 2)
+    if s.kind != "untied":
+        call["beta"] = 2 * normal(B, rows, wide).sigmoid() if not s.hard else 1.98 + 0 * normal(B, rows, wide)
+    by_channel = s.kind in ("key", "untied")
+    decay = -F.softplus(normal(B, T, wide, *(s.K,) * by_channel) - 2)
     decay = decay * (1e-3 if s.hard else 1.0)
     if s.strong:
         decay = -20 * torch.rand(decay.shape, generator=g).to(device)
     if s.kind != "plain":
-        call["key_decay" if s.kind == "key" else "scalar_decay"] = decay
+        call["key_decay" if by_channel else "scalar_decay"] = decay
     if s.state:
         call["initial_state"] = normal(len(LENGTHS) - 1 if s.packed else B, wide, s.K, s.V)
     if s.packed:
@@ -110,12 +117,11 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
 
 def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     """Keys of the kernels that a problem of this shape may launch, and tiles worth timing."""
-    decay = {"plain": "none", "key": "key"}.get(s.kind, "scalar")
-    choices = {"prepare": slices((16, 32, 64), (1, 2)), "merge": []}
+    decay = {"plain": "none", "key": "key", "untied": "key"}.get(s.kind, "scalar")
+    choices = {"prepare": slices((32, 64), (1, 2)), "merge": [], "rows": rows(), "scores": scores()}
     choices |= {name: sweeps(s.K) for name in ("forward", "states", "reverse", "maps", "reverse maps")}
-    choices |= {name: gradients() for name in ("query gradients", "key gradients")}
     if decay == "key":
-        choices["gate"] = slices((32, 64, 128), (4, 8))
+        choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
     return {
         tiles.key(name, decay=decay, K=s.K, V=s.V, dtype=s.dtype): candidates for name, candidates in choices.items()
     }
@@ -127,12 +133,16 @@ def slices(widths: tuple[int, ...], warps: tuple[int, ...]) -> list[tiles.Tile]:
 
 def sweeps(K: int) -> list[tiles.Tile]:
     # Values 32 wide with one stage are compiled to accesses out of bounds by Triton 3.6.
-    rows = [(64, 4, 1), (64, 4, 2), (32, 4, 2), (128, 8, 1), (64, 8, 1)]
+    choices = [(64, 4, 1), (64, 4, 2), (32, 4, 2), (128, 8, 1), (64, 8, 1)]
     if K > 128:
-        rows = [(32, 4, 2), (64, 8, 1), (64, 8, 2)]
-    return [{"BV": width, "num_warps": warps, "num_stages": stages} for width, warps, stages in rows]
+        choices = [(32, 4, 2), (64, 8, 1), (64, 8, 2)]
+    return [{"BV": width, "num_warps": warps, "num_stages": stages} for width, warps, stages in choices]
 
 
-def gradients() -> list[tiles.Tile]:
-    rows = [(64, 64, 4, 1), (64, 64, 8, 1), (128, 64, 8, 1), (128, 128, 8, 1), (64, 32, 4, 1)]
-    return [{"TK": tk, "BV": bv, "num_warps": warps, "num_stages": stages} for tk, bv, warps, stages in rows]
+def rows() -> list[tiles.Tile]:
+    choices = [(64, 64, 4, 1), (64, 64, 8, 1), (128, 64, 8, 1), (64, 128, 8, 1), (64, 64, 4, 2)]
+    return [{"TK": tk, "BV": bv, "num_warps": warps, "num_stages": stages} for tk, bv, warps, stages in choices]
+
+
+def scores() -> list[tiles.Tile]:
+    return [{"BV": bv, "num_warps": warps, "num_stages": 1} for bv, warps in ((64, 4), (64, 8), (128, 8))]

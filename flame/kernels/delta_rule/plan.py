@@ -37,13 +37,13 @@ class Plan:
 
 
 def make_cut(batch: int, tokens: int, documents: int | None, columns: int, processors: int) -> Cut:
-    """Cut [batch, tokens] so that items * columns programs fill the GPU twice, where that leaves segments worth it.
+    """Cut [batch, tokens] so that items * columns programs fill the GPU, two to a processor, if that leaves long segments.
 
     documents: how many are packed into the row; None for plain rows. columns: independent programs an item has (heads
     times value tiles). A packed row is judged by its worst case, one long document.
     """
     rows = batch if documents is None else 1
-    wanted = -(-2 * processors // max(1, rows * columns))
+    wanted = max(1, 2 * processors // max(1, rows * columns))
     length = max(SHORTEST_SEGMENT * CHUNK, -(-tokens // (wanted * CHUNK)) * CHUNK)
     whole = rows * columns >= processors or length * 2 > tokens
     if documents is None:

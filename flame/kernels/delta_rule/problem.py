@@ -156,13 +156,35 @@ WIDEST_KEY = 256  # channels of a key that the kernels hold in registers
 
 def kernels_cover(p: Problem) -> bool:
     """Whether the Triton path has this form: 16-bit inputs (fp32 only where kernels are interpreted), keys up to 256
-    channels, up to 128 and no erase key with a decay per channel."""
-    if not isinstance(p, Tied):
-        return False
-    if p.decay is not None and p.decay.dim() == 4 and (p.k.shape[-1] > 128 or p.exclusive or p.erase is not None):
-        return False
+    channels, up to 128 with a decay per channel."""
+    by_channel = isinstance(p, Untied) or (p.decay is not None and p.decay.dim() == 4)
+    rows = [p.q, p.k, p.v, *((p.a, p.b) if isinstance(p, Untied) else () if p.erase is None else (p.erase,))]
     narrow = p.q.dtype in (torch.bfloat16, torch.float16) or (p.q.dtype == torch.float32 and not p.q.is_cuda)
-    return narrow and p.q.dtype == p.k.dtype == p.v.dtype and p.k.shape[-1] <= WIDEST_KEY and p.q.shape[1] > 0
+    one_dtype = all(x.dtype == p.q.dtype for x in rows)
+    return narrow and one_dtype and p.k.shape[-1] <= (128 if by_channel else WIDEST_KEY) and p.q.shape[1] > 0
+
+
+def as_two_steps(p: Untied) -> Tied:
+    """The untied form as the tied one with two rows a token: the first decays the state and adds b (a^T S), by an
+    exclusive read of `a` where nothing new is written; the second adds k v^T, with nothing read."""
+
+    def rows(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([first, second], 2).flatten(1, 2)
+
+    nothing = torch.zeros_like(p.k)
+    return Tied(
+        q=rows(nothing, p.q),
+        k=rows(-p.b, p.k),
+        v=rows(torch.zeros_like(p.v), p.v),
+        beta=None,
+        decay=rows(p.decay, torch.zeros_like(p.decay)),
+        erase=rows(p.a, nothing),
+        exclusive=True,
+        normalize=False,
+        scale=p.scale,
+        initial_state=p.initial_state,
+        cu_seqlens=None if p.cu_seqlens is None else p.cu_seqlens * 2,
+    )
 
 
 def _check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, steps: int, cu_seqlens: Tensor | None) -> None:

@@ -11,13 +11,8 @@ from torch import Tensor
 from flame.kernels import tiles
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
-from flame.kernels.delta_rule.triton_gradients import key_value_gradients, query_gradients
-from flame.kernels.delta_rule.triton_keys import (
-    gate_rows,
-    key_decay_key_gradients,
-    key_decay_query_gradients,
-    prepare_keys,
-)
+from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
+from flame.kernels.delta_rule.triton_keys import gate_rows, key_decay_row_gradients, prepare_keys
 from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, prepare
 from flame.kernels.delta_rule.triton_sweep import forward_sweep, merge_segments, reverse_sweep
 
@@ -150,7 +145,7 @@ class Prepared:
     """What the sweeps read. call: with the rows to sweep over, which a decay per key has already multiplied.
 
     vectors [M, H, rows, C] fp32; inverse, scores [M, H, C, C]; with a decay per key, total [B, T, H, K] and factor
-    [M, H, K], fp32.
+    [M, H, K], fp32, and moderate [M, H], int32.
     """
 
     call: Call
@@ -159,6 +154,7 @@ class Prepared:
     scores: Tensor
     total: Tensor | None = None
     factor: Tensor | None = None
+    moderate: Tensor | None = None
 
     def tables(self) -> tuple[Tensor | None, ...]:
         return self.vectors, self.inverse, self.scores, self.factor, self.call.plan.items
@@ -172,20 +168,21 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
         square = (c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK))
     else:
         vectors, *square = saved
-    sizes = {name: value for name, value in c.sizes().items() if name != "V"}
+    sizes = {name: value for name, value in c.sizes().items() if name not in ("V", "BK")}
     options = {
         "HAS_BETA": c.beta is not None,
         "NORMALIZE": c.normalize,
         "NORM_EPS": NORM_EPS,
         "DOT": c.precision(),
+        "MERGE": c.exact(),
     }
     if c.decay_kind == KEY.value:
         return _prepare_keys(c, (vectors, *square), saved is None, sizes, options)
     if saved is None:
         default = {"SLICE": min(64, padded(c.K)), "num_warps": 1, "num_stages": 1}
         prepare[(M * H,)](
-            c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, *square, c.scale, **c.strides("q", "k", "a"),
-            **sizes, **c.kind(), **options, MERGE=c.exact(), **c.tile("prepare", default),
+            c.q, c.k, c.erase, c.beta, c.decay, None, c.plan.chunks, vectors, *square, c.scale,
+            **c.strides("q", "k", "a"), **sizes, **c.kind(), **options, **c.tile("prepare", default),
         )  # fmt: skip
     return Prepared(c, vectors, *square)
 
@@ -193,20 +190,29 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
 def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict) -> Prepared:
     M, H, heads = c.cut.num_chunks, c.H, (*c.q.shape[:2], c.H, c.K)
     total, factor = c.new(*heads, dtype=torch.float32), c.new(M, H, c.K, dtype=torch.float32)
+    moderate = c.new(M, H, dtype=torch.int32)
     seen, read, written = (c.new(*heads) for _ in range(3))
-    del sizes["BK"]
+    kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
     norm = {"NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS}
+    # Powers of two by which rows can be scaled without leaving the dtype's range.
+    steepest = 6.0 if c.q.dtype == torch.float16 else 96.0
     gate_rows[(M * H,)](
-        c.q, c.k, c.decay, c.plan.chunks, total, factor, seen, read, written, c.scale, **c.strides("q", "k"),
-        **sizes, **norm, **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 8, "num_stages": 1}),
+        c.q, c.k, c.erase, c.decay, c.plan.chunks, total, factor, moderate, seen, read, written, c.scale,
+        **c.strides("q", "k", "a"), **sizes, **kind, **norm, STEEPEST=steepest,
+        **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
     )  # fmt: skip
     if scores:
-        default = {"SLICE": min(32, padded(c.K)), "num_warps": 1, "num_stages": 1}
-        prepare_keys[(M * H,)](
-            c.q, c.k, c.beta, total, c.plan.chunks, *tables, c.scale, **c.strides("q", "k"),
-            **sizes, **options, MERGE=c.exact(), **c.tile("prepare", default),
-        )  # fmt: skip
-    return Prepared(replace(c, q=seen, k=written, erase=read), *tables, total=total, factor=factor)
+        for kernel, name, width, selected in (
+            (prepare, "prepare", 64, c.kind()),
+            (prepare_keys, "prepare by halves", 16, kind),
+        ):
+            default = {"SLICE": min(width, padded(c.K)), "num_warps": 1, "num_stages": 1}
+            kernel[(M * H,)](
+                c.q, c.k, c.erase, c.beta, total, moderate, c.plan.chunks, *tables, c.scale,
+                **c.strides("q", "k", "a"), **sizes, **selected, **options, **c.tile(name, default),
+            )  # fmt: skip
+    gated = replace(c, q=seen, k=written, erase=read)
+    return Prepared(gated, *tables, total=total, factor=factor, moderate=moderate)
 
 
 def run_forward(
@@ -339,44 +345,59 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
-    default = {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1}
-    tile, key_tile = c.tile("query gradients", default), c.tile("key gradients", default)
-    parts, key_parts = triton.cdiv(c.K, tile["TK"]), triton.cdiv(c.K, key_tile["TK"])
+    M, H, rows = c.cut.num_chunks, c.H, c.q.shape[0] * c.q.shape[1]
+    warps = 8 if c.decay_kind == KEY.value else 4
+    tile = c.tile("rows", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": warps, "num_stages": 1})
+    parts = triton.cdiv(c.K, tile["TK"])
     # Every tile of keys makes a part of the gradients that are sums over key channels.
-    dbeta = c.new(0) if c.beta is None else c.new(key_parts, *heads, dtype=torch.float32)
-    shape = {NONE.value: (0,), SCALAR.value: (parts + key_parts, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
-    ddecay = c.new(*shape, dtype=torch.float32)
+    dbeta = c.new(0) if c.beta is None else c.new(parts, *heads, dtype=torch.float32)
+    shape = {NONE.value: (0,), SCALAR.value: (parts, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
+    ddecay = c.new(*shape, dtype=c.decay.dtype if c.decay_kind == KEY.value else torch.float32)
     if c.packed:  # the documents may end before the row does
         for x in (dq, dk, dv, derase, dbeta, ddecay):
             x.zero_()
-    common = {name: value for name, value in c.sizes().items() if name != "BK"}
-    common |= {"NORMALIZE": c.normalize, "DOT": c.precision(), "stride_ot": do.stride(1), "stride_oh": do.stride(2)}
-    pairs, rows = c.cut.num_chunks * c.H, c.q.shape[0] * c.q.shape[1]
+    sizes = {name: value for name, value in c.sizes().items() if name != "BK"}
+    common = {"DOT": c.precision(), "stride_ot": do.stride(1), "stride_oh": do.stride(2)}
     states, dstates, writes, du = pieces
-    if p.total is not None:
-        key_decay_query_gradients[(pairs * parts,)](
-            c.q, c.k, o, do, p.total, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale,
-            **c.strides("q", "k"), **common, **tile,
-        )  # fmt: skip
-        key_decay_key_gradients[(pairs * key_parts,)](
-            c.q, c.k, c.v, do, p.total, p.vectors, c.plan.chunks, states, dstates, writes, du, dk, dv, dbeta, ddecay,
-            rows, HAS_BETA=c.beta is not None, **c.strides("q", "k", "v"), **common, **key_tile,
+    dscores, dsystem = c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK)
+    sums = c.new(M, H, SUMS.value, CHUNK, dtype=torch.float32)
+    score_gradients[(M * H,)](
+        c.v, o, do, p.vectors, c.plan.chunks, writes, du, dv, dscores, dsystem, sums, **c.strides("v"), **c.kind(),
+        H=H, V=c.V, C=CHUNK, **common, **c.tile("scores", {"BV": 64, "num_warps": 8, "num_stages": 1}),
+    )  # fmt: skip
+    tensors = (
+        p.vectors,
+        c.plan.chunks,
+        states,
+        dstates,
+        writes,
+        du,
+        dscores,
+        dsystem,
+        sums,
+        dq,
+        dk,
+        derase,
+        dbeta,
+        ddecay,
+    )
+    options = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, **c.strides("q", "k", "a"), **sizes, **common}
+    erase = c.k if c.erase is None else c.erase
+    if p.total is None:
+        row_gradients[(M * H * parts,)](
+            c.q, c.k, erase, do, *tensors, c.scale, rows, **c.kind(), **options, **tile,
         )  # fmt: skip
     else:
-        query_gradients[(pairs * parts,)](
-            c.q, c.k, o, do, p.vectors, c.plan.chunks, states, writes, dq, ddecay, c.scale, rows,
-            DECAY=c.decay_kind, **c.strides("q", "k"), **common, **tile,
-        )  # fmt: skip
-        key_value_gradients[(pairs * key_parts,)](
-            c.q, c.k, c.v, c.k if c.erase is None else c.erase, do, p.vectors, c.plan.chunks, states, dstates, writes,
-            du, dk, derase, dv, dbeta, ddecay[parts:], rows, HAS_BETA=c.beta is not None, **c.kind(),
-            **c.strides("q", "k", "a", "v"), **common, **key_tile,
-        )  # fmt: skip
+        kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
+        for halves in (0, 1):
+            key_decay_row_gradients[(M * H * parts,)](
+                c.q, c.k, erase, do, p.total, p.moderate, *tensors, c.scale, rows, HALVES=halves, **kind, **options,
+                **tile,
+            )  # fmt: skip
     dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
     derase = derase if c.erase is None else _sum_groups(derase, c.erase)
     dbeta = dbeta if c.beta is None else dbeta.sum(0).to(c.beta.dtype)
-    ddecay = ddecay.sum(0) if c.decay_kind == SCALAR.value else ddecay
-    ddecay = ddecay if c.decay is None else ddecay.to(c.decay.dtype)
+    ddecay = ddecay.sum(0).to(c.decay.dtype) if c.decay_kind == SCALAR.value else ddecay
     return [dq, dk, dv, dbeta, ddecay, derase]
 
 

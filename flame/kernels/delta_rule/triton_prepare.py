@@ -44,6 +44,12 @@ def state_tile(ptr, channel, stride, column, in_keys, inside, WHOLE: tl.constexp
 
 
 @triton.jit
+def pivot_row(length, C: tl.constexpr):
+    """Row whose decay the others of a moderate chunk are taken from; 0 of an empty chunk."""
+    return tl.maximum(tl.minimum(length, C // 2) - 1, 0)
+
+
+@triton.jit
 def square_sum(x):
     wide = x.to(tl.float32)
     return tl.sum(wide * wide, 1)
@@ -108,7 +114,8 @@ def prepare(
     k_ptr,
     a_ptr,  # erase key
     beta_ptr,  # [T, H]
-    decay_ptr,  # [T, H]
+    decay_ptr,  # [T, H]; with a decay per key channel [T, H, K], log2 since the chunk's start
+    moderate_ptr,  # [chunks, H], with a decay per key channel: others are left to prepare_keys
     chunk_ptr,  # [chunks, 2] first token, tokens
     vector_ptr,
     inverse_ptr,  # [chunks, H, C, C]
@@ -123,7 +130,6 @@ def prepare(
     H: tl.constexpr,
     GROUP: tl.constexpr,
     K: tl.constexpr,
-    BK: tl.constexpr,
     SLICE: tl.constexpr,  # channels of a key at a time
     C: tl.constexpr,
     DECAY: tl.constexpr,
@@ -141,6 +147,10 @@ def prepare(
     start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
     index = tl.arange(0, BLOCK)
+    if DECAY == KEY:
+        if tl.load(moderate_ptr + program) == 0:
+            return
+        decay_ptr += (start * H + head) * K
     q_ptr += start * stride_qt + (head // GROUP) * stride_qh
     k_ptr += start * stride_kt + (head // GROUP) * stride_kh
     if ERASE:
@@ -174,12 +184,27 @@ def prepare(
                 q_length += square_sum(q)
                 k_length += square_sum(k)
                 a_length += square_sum(a)
+            if DECAY == KEY:
+                # Both factors are moderate, of rows beyond the end (which are 0) too.
+                at = tile_of(decay_ptr, row, H * K, channel, keep, in_keys, K % SLICE == 0)
+                pivot = tl.load(decay_ptr + pivot_row(length, C) * H * K + channel, mask=in_keys, other=0.0)
+                read_at = at
+                if EXCLUSIVE:
+                    later = keep & (row > 0)
+                    read_at = tile_of(decay_ptr - H * K, row, H * K, channel, later, in_keys, K % SLICE == 0)
+                q = (q * tl.exp2(at - pivot[None, :])).to(k.dtype)
+                a = (a * tl.exp2(read_at - pivot[None, :])).to(k.dtype)
+                k = (k * tl.exp2(pivot[None, :] - at)).to(k.dtype)
             sums = ()
             for j in tl.static_range(i + 1):
                 key = k
                 if j < i:
                     column = j * BLOCK + index
-                    key = tile_of(k_ptr, column, stride_kt, channel, column < length, in_keys, K % SLICE == 0)
+                    inside = column < length
+                    key = tile_of(k_ptr, column, stride_kt, channel, inside, in_keys, K % SLICE == 0)
+                    if DECAY == KEY:
+                        at = tile_of(decay_ptr, column, H * K, channel, inside, in_keys, K % SLICE == 0)
+                        key = (key * tl.exp2(pivot[None, :] - at)).to(k.dtype)
                 key = tl.trans(key)
                 sums = sums + (
                     tl.dot(q, key, products[2 * j], input_precision=DOT),
