@@ -7,8 +7,14 @@ is compared with the fp64 reference. With a GPU these are the Triton kernels, wi
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -22,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tune", action="store_true", help="time tiles for this GPU and write the fastest right ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--verbose", action="store_true", help="print the error of every output and gradient")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile and check at once (default 1)")
+    parser.add_argument("--json", type=Path, help="also write every verdict to this file")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,9 +42,32 @@ def main(args: argparse.Namespace) -> int:
         return 1
     if args.tune:
         tune_all(cases, device)
-    wrong = check_all([case for case in cases if not case.tune], device, args.verbose)
+    findings = list(check_all([case for case in cases if not case.tune], device, args.jobs, args.verbose))
+    wrong = summarize(findings)
     report_unchecked(cases, device)
+    if args.json is not None:
+        args.json.write_text(
+            json.dumps({"machine": describe(device), "cases": [f.as_dict() for f in findings]}, indent=1)
+        )
     return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one case: a verdict, or the error that kept it from one."""
+
+    op: str
+    name: str
+    verdict: Verdict | None = None
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict is not None and self.verdict.ok
+
+    def as_dict(self) -> dict[str, object]:
+        verdict = {} if self.verdict is None else {"errors": self.verdict.errors, "tolerance": self.verdict.tolerance}
+        return {"op": self.op, "name": self.name, "ok": self.ok, "failure": self.failure, **verdict}
 
 
 def describe(device: torch.device) -> str:
@@ -50,29 +81,57 @@ def describe(device: torch.device) -> str:
     return f"{gpu}, {versions}, triton {triton.__version__}"
 
 
-def check_all(cases: Iterable[Case], device: torch.device, verbose: bool) -> list[str]:
-    """Print one line a case; return the names of those that are wrong."""
-    wrong, count = [], 0
+def check_all(cases: Sequence[Case], device: torch.device, jobs: int, verbose: bool) -> Iterator[Finding]:
+    """Check the cases, in `jobs` processes if more than one, and print a line for each."""
+    if jobs > 1:
+        # Compiling is what takes the time, and it holds one core; the GPU is shared.
+        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+        with pool:
+            names = [(case.op, case.name, str(device)) for case in cases]
+            for finding in pool.map(examine_by_name, names):
+                print(line(finding, verbose), flush=True)
+                yield finding
+        return
     for case in cases:
-        count += 1
-        title = f"{case.op}: {case.name}"
-        try:
-            verdict = check(case, device)
-        except Exception as error:  # a kernel may fail in many ways; the doctor reports and goes on
-            print(f"FAILED  {title}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            wrong.append(title)
-            continue
-        print(line(title, verdict, verbose), flush=True)
-        if not verdict.ok:
-            wrong.append(title)
-    print(f"{count - len(wrong)} of {count} cases are right.")
+        finding = examine(case, device)
+        print(line(finding, verbose), flush=True)
+        yield finding
+
+
+def examine(case: Case, device: torch.device) -> Finding:
+    try:
+        return Finding(case.op, case.name, check(case, device))
+    except Exception as error:  # a kernel may fail in many ways; the doctor reports and goes on
+        message = (str(error).splitlines() or [""])[0][:200]
+        return Finding(case.op, case.name, failure=f"{type(error).__name__}: {message}")
+
+
+def examine_by_name(named: tuple[str, str, str]) -> Finding:
+    """In another process, which finds the case anew because its functions do not travel."""
+    op, name, device = named
+    return examine(_named_cases()[op, name], torch.device(device))
+
+
+@lru_cache(maxsize=1)
+def _named_cases() -> dict[tuple[str, str], Case]:
+    return {(case.op, case.name): case for case in all_cases()}
+
+
+def summarize(findings: Sequence[Finding]) -> list[Finding]:
+    """Print the count and the names of the cases that are wrong, and return these."""
+    wrong = [finding for finding in findings if not finding.ok]
+    print(f"{len(findings) - len(wrong)} of {len(findings)} cases are right.")
     if wrong:
         print("Until they are, FLAME_BACKEND=chunked runs the plain torch form of every op. Wrong or failing:")
-        print("\n".join(f"  {title}" for title in wrong))
+        print("\n".join(f"  {each.op}: {each.name}" for each in wrong))
     return wrong
 
 
-def line(title: str, verdict: Verdict, verbose: bool) -> str:
+def line(finding: Finding, verbose: bool) -> str:
+    title = f"{finding.op}: {finding.name}"
+    verdict = finding.verdict
+    if verdict is None:
+        return f"FAILED  {title}: {finding.failure}"
     name, error = verdict.worst
     mark = "right " if verdict.ok else "WRONG "
     text = f"{mark}  {title}: largest relative error {error:.1e} ({name}; allowed {verdict.tolerance:.0e})"

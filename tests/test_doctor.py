@@ -99,3 +99,11 @@ def test_tuning_takes_the_fastest_tile_whose_gradients_are_right(monkeypatch):
     wrong = Verdict({"dx": 1.0}, 1e-3)
     monkeypatch.setattr(doctor, "check", lambda c, d: wrong if current() == 64 else checking.check(c, d))
     assert doctor.best_tile(case, case, "forward", keys["forward"], {}, torch.device("cpu")) == {"BT": 32}
+
+
+def test_several_processes_give_the_verdicts_of_one(tmp_path, capsys):
+    words = ("--op", "elementwise_scan", "--case", "B=2 T=6")
+    assert doctor.main(options(*words, "--json", str(tmp_path / "one.json"))) == 0
+    assert doctor.main(options(*words, "--jobs", "2", "--json", str(tmp_path / "two.json"))) == 0
+    one, two = ((tmp_path / f"{name}.json").read_text() for name in ("one", "two"))
+    assert one == two and '"dlog_decay"' in one

@@ -10,6 +10,7 @@ from benchmarks.harness import Benchmark, Call, Tensors
 # (batch, tokens, heads, K, V); the fla registry's six, constant tokens, and model shapes.
 COMMON = (
     (8, 4096, 16, 128, 128),
+    (2, 16384, 16, 128, 128),
     (1, 32768, 16, 128, 128),
     (1, 8192, 96, 128, 128),
     (4, 2048, 16, 128, 128),
@@ -19,7 +20,7 @@ COMMON = (
 MODELS = {
     "retention": ((8, 4096, 8, 256, 512),),
     "scalar": ((8, 4096, 32, 128, 64),),
-    "key": ((8, 4096, 4, 128, 256), (8, 4096, 4, 256, 512)),
+    "key": ((8, 4096, 4, 128, 256), (8, 4096, 8, 128, 128), (8, 4096, 4, 256, 512)),
 }
 
 

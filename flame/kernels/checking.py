@@ -19,6 +19,7 @@ import flame.kernels
 from flame.kernels.tiles import Tile
 
 Tensors = dict[str, Tensor]
+RAGGED = (0, 1, 64, 64, 127, 640, 1300)  # bounds of packed documents: one token, odd, none, a chunk, long
 DTYPE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 
 
@@ -76,6 +77,15 @@ def all_cases(ops: Sequence[str] = ()) -> Iterator[Case]:
                 raise
             continue
         yield from cases.cases()
+
+
+def scan_shapes(widths: Sequence[int]) -> list[tuple[int, tuple[int, ...], int, torch.dtype, bool]]:
+    """(batch, bounds of documents, channels, dtype, strong decay) by which every scan over time is checked."""
+    bf16 = torch.bfloat16
+    shapes = [(2, (0, tokens), widths[0], bf16, False) for tokens in (1, 63, 64, 65, 4096 + 7)]
+    shapes += [(2, (0, 500), width, bf16, strong) for width in widths[1:] for strong in (False, True)]
+    shapes += [(1, RAGGED, widths[1], bf16, False), (1, RAGGED, widths[1], torch.float32, False)]
+    return [*shapes, (2, (0, 300), widths[1], torch.float32, True), (2, (0, 300), widths[1], torch.float16, False)]
 
 
 def evaluate(case: Case, inputs: Tensors, backend: str | None, cotangents: Tensors | None = None) -> Tensors:

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from flame.kernels import tiles
-from flame.kernels.checking import Case, Tensors
+from flame.kernels.checking import RAGGED, Case, Tensors
 from flame.kernels.linear_attention import linear_attention
 
 KINDS = ("none", "head", "scalar", "key", "value", "bonus")
 # Head sizes of the models: GLA, HGRN2, Mamba2 (N=128, P=64), RWKV, GSA's passes, RetNet and GLA at 1.3B, Based.
 DIMS = ((64, 64), (128, 128), (128, 64), (64, 128), (128, 256), (256, 512), (153, 64))
-LENGTHS = (0, 1, 64, 64, 127, 640, 1300)  # bounds of ragged documents: one token, a chunk, none, odd, long
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def cases() -> list[Case]:
         checked += [Shape(kind, 2, tokens, (2, 2, 2), 64, 64, state=True) for tokens in (1, 63, 64, 65)]
         checked += [
             Shape(kind, 1, 4096 + 7, (2, 2, 2), 128, 128, state=True),
-            Shape(kind, 1, LENGTHS[-1], (2, 2, 2), 128, 128, packed=True, state=True),
+            Shape(kind, 1, RAGGED[-1], (2, 2, 2), 128, 128, packed=True, state=True),
             Shape(kind, 1, 200, (4, 2, 2), 64, 64),
             Shape(kind, 1, 200, (1, 1, 4), 64, 64),
             Shape(kind, 1, 200, (2, 2, 2), 64, 64, fp32, state=True),
@@ -85,7 +84,7 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g).to(device)
 
-    H, sequences = max(s.heads), len(LENGTHS) - 1 if s.packed else s.batch
+    H, sequences = max(s.heads), len(RAGGED) - 1 if s.packed else s.batch
     call = {
         name: normal(s.batch, s.tokens, count, width).to(s.dtype)
         for name, count, width in zip("qkv", s.heads, (s.K, s.K, s.V))
@@ -104,7 +103,7 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
     if s.state:
         call["initial_state"] = normal(sequences, H, s.K, s.V)
     if s.packed:
-        call["cu_seqlens"] = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+        call["cu_seqlens"] = torch.tensor(RAGGED, dtype=torch.int32, device=device)
     return call
 
 
