@@ -26,12 +26,12 @@ OURS = "flame"
 
 
 def find(ops: list[str], texts: list[str]) -> list[Benchmark]:
-    """Benchmarks of the modules `ops` (default all) whose name contains one of `texts` (default any)."""
-    found = []
-    for module in pkgutil.iter_modules(benchmarks.cases.__path__):
-        if not ops or module.name in ops:
-            found += importlib.import_module(f"benchmarks.cases.{module.name}").benchmarks()
-    return [each for each in found if not texts or any(text in each.name for text in texts)]
+    """Benchmarks of the modules `ops` (default all) whose name contains one of `texts` (default any), in
+    which an underscore may stand for a space."""
+    names = ops or [module.name for module in pkgutil.iter_modules(benchmarks.cases.__path__)]
+    found = [each for name in names for each in importlib.import_module(f"benchmarks.cases.{name}").benchmarks()]
+    texts = [text.replace("_", " ") for text in texts]
+    return [each for each in found if not texts or any(text in each.name.replace("_", " ") for text in texts)]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

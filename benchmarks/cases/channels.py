@@ -1,4 +1,5 @@
-"""Short convolution, gated norm and HGRN's elementwise scan beside flash-linear-attention's."""
+"""Short convolution, gated norm and HGRN's elementwise scan beside flash-linear-attention's; the selective scan and the
+log-normaliser gate alone, for which it has no kernel of its own."""
 
 from __future__ import annotations
 
@@ -61,6 +62,26 @@ def fla_scan(chunked: bool) -> Call:
     return lambda x: op(x["x"], x["log_decay"])[0]
 
 
+def our_gate(backend: str | None = None) -> Call:
+    from flame.kernels.log_gate import log_gate
+
+    def call(x: Tensors) -> torch.Tensor:
+        weight, log_decay, _ = log_gate(x["x"], backend=backend)
+        return weight + log_decay
+
+    return call
+
+
+def our_selective_scan(backend: str | None = None) -> Call:
+    from flame.kernels.selective_scan import selective_scan
+
+    def call(i: Tensors) -> torch.Tensor:
+        A = -torch.nn.functional.softplus(i["A"].to(torch.promote_types(i["A"].dtype, torch.float32)))
+        return selective_scan(i["x"], i["log_decay"], A, i["B"], i["C"], D=i["D"], z=i["z"], backend=backend)[0]
+
+    return call
+
+
 def benchmarks() -> list[Benchmark]:
     every = BATCH * TOKENS
     found = []
@@ -72,6 +93,10 @@ def benchmarks() -> list[Benchmark]:
         found.append(_benchmark(f"gated_rms_norm H{H} D{D}", sizes, our_norm, fla_norm, 16 * every * H * D))
     sizes = {"x": (BATCH, TOKENS, 2048), "log_decay": (BATCH, TOKENS, 2048)}
     found.append(_benchmark("hgrn scan E2048", sizes, our_scan, lambda: fla_scan(False), 16 * every * 2048))
+    found.append(_benchmark("log_gate H16 M128", {"x": (BATCH, TOKENS, 16, 128)}, our_gate, None, 20 * every * 2048))
+    rows = dict.fromkeys(("x", "log_decay", "z"), (BATCH, TOKENS, 2048))
+    maps = {"A": (2048, 16), "B": (BATCH, TOKENS, 16), "C": (BATCH, TOKENS, 16), "D": (2048,)}
+    found.append(_benchmark("selective scan E2048 S16", rows | maps, our_selective_scan, None, 22 * every * 2048))
     return found
 
 
@@ -80,7 +105,7 @@ def _benchmark(name: str, sizes, mine, peer, moved: float) -> Benchmark:
         op="channels",
         name=f"{name} B{BATCH} T{TOKENS}",
         inputs=lambda device, seed, small: make_inputs(sizes, device, seed, small),
-        implementations={"flame": mine, "fla": peer},
+        implementations={"flame": mine} if peer is None else {"flame": mine, "fla": peer},
         reference=mine("chunked" if "norm" not in name and "conv" not in name else "reference"),
         bytes_moved=moved,
     )
