@@ -17,6 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 SYSTEMS = ("retnet", "linear_attn", "based", "rebased", "gla", "hgrn", "hgrn2", "rwkv6")
 SYSTEMS += ("lightnet", "mamba", "samba", "mamba2", "gsa", "abc", "rodimus", "rodimus_plus")
@@ -56,7 +57,7 @@ def command(system: str, folder: Path, args: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "flame.train", str(job), *words, *args.extra]
 
 
-def train(system: str, args: argparse.Namespace) -> dict[str, object]:
+def train(system: str, args: argparse.Namespace) -> dict[str, Any]:
     """Losses of every step, and how the run ended."""
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
@@ -78,7 +79,7 @@ def train(system: str, args: argparse.Namespace) -> dict[str, object]:
     return {"system": system, "ok": ok, "seconds": seconds, "losses": losses, "last": last}
 
 
-def write(results: list[dict], out: Path) -> None:
+def write(results: list[dict[str, Any]], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "curves.json").write_text(json.dumps(results, indent=1))
     steps = max(len(result["losses"]) for result in results)
@@ -121,10 +122,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("outputs/curves"))
-    args, args.extra = parser.parse_known_args()
+    args, extra = parser.parse_known_args()
+    args.extra = extra
+    results = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda system: train(system, args), args.system or SYSTEMS))
-    write(results, args.out)
+        for result in pool.map(lambda system: train(system, args), args.system or SYSTEMS):
+            results.append(result)
+            write(results, args.out)
 
 
 if __name__ == "__main__":
