@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import platform
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from flame.kernels import tiles
-from flame.kernels.checking import Case, Verdict, all_cases, check, evaluate
+from flame.kernels.checking import Case, Verdict, all_cases, check, check_by_name
+from flame.kernels.isolation import run_isolated
+from flame.kernels.tuning import tune_all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
-    parser.add_argument("--case", default="", help="only cases whose name contains this text")
+    parser.add_argument("--case", default="", help="only cases whose name matches this pattern")
     parser.add_argument("--tune", action="store_true", help="time tiles for this GPU and write the fastest right ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--verbose", action="store_true", help="print the error of every output and gradient")
@@ -36,12 +36,13 @@ def main(args: argparse.Namespace) -> int:
     """0 when every case is right, 1 otherwise."""
     device = torch.device(args.device)
     print(describe(device))
-    cases = [case for case in all_cases(args.op) if args.case in case.name]
+    every = list(all_cases(args.op))
+    cases = [case for case in every if re.search(args.case, case.name)]
     if not cases:
         print("No case matches. Ops with cases:", ", ".join(sorted({case.op for case in all_cases()})))
         return 1
     if args.tune:
-        tune_all(cases, device)
+        tune_all([case for case in every if not case.tune or case in cases], device, args.jobs)
     findings = list(check_all([case for case in cases if not case.tune], device, args.jobs, args.verbose))
     wrong = summarize(findings)
     report_unchecked(cases, device)
@@ -82,15 +83,14 @@ def describe(device: torch.device) -> str:
 
 
 def check_all(cases: Sequence[Case], device: torch.device, jobs: int, verbose: bool) -> Iterator[Finding]:
-    """Check the cases, in `jobs` processes if more than one, and print a line for each."""
+    """Check the cases, each in a process that it cannot harm if `jobs` > 1, and print a line for each."""
     if jobs > 1:
         # Compiling is what takes the time, and it holds one core; the GPU is shared.
-        pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-        with pool:
-            names = [(case.op, case.name, str(device)) for case in cases]
-            for finding in pool.map(examine_by_name, names):
-                print(line(finding, verbose), flush=True)
-                yield finding
+        calls = [(case.op, case.name, str(device)) for case in cases]
+        for case, (done, value) in zip(cases, run_isolated(check_by_name, calls, jobs)):
+            finding = Finding(case.op, case.name, value) if done else Finding(case.op, case.name, failure=value)
+            print(line(finding, verbose), flush=True)
+            yield finding
         return
     for case in cases:
         finding = examine(case, device)
@@ -104,17 +104,6 @@ def examine(case: Case, device: torch.device) -> Finding:
     except Exception as error:  # a kernel may fail in many ways; the doctor reports and goes on
         message = (str(error).splitlines() or [""])[0][:200]
         return Finding(case.op, case.name, failure=f"{type(error).__name__}: {message}")
-
-
-def examine_by_name(named: tuple[str, str, str]) -> Finding:
-    """In another process, which finds the case anew because its functions do not travel."""
-    op, name, device = named
-    return examine(_named_cases()[op, name], torch.device(device))
-
-
-@lru_cache(maxsize=1)
-def _named_cases() -> dict[tuple[str, str], Case]:
-    return {(case.op, case.name): case for case in all_cases()}
 
 
 def summarize(findings: Sequence[Finding]) -> list[Finding]:
@@ -148,62 +137,3 @@ def report_unchecked(cases: Iterable[Case], device: torch.device) -> None:
         for key in tiles.shipped_tiles(op, tiles.device_name(device)):
             if (op, key) not in proven:
                 print(f"UNCHECKED {op}: the table has {key!r}, but no case runs it.")
-
-
-def tune_all(cases: Iterable[Case], device: torch.device) -> None:
-    """For each production case, one key at a time: time the right tiles and write the fastest into the op's table."""
-    cases = list(cases)
-    provers = {(case.op, key): case for case in cases if not case.tune for key in case.keys}
-    for case in (case for case in cases if case.tune):
-        best: dict[str, tiles.Tile] = {}
-        for key, candidates in case.keys.items():
-            prover = provers.get((case.op, key))
-            if prover is None:
-                print(f"SKIPPED {case.op}: no case proves {key!r}, so none of its tiles can be trusted.")
-                continue
-            found = best_tile(case, prover, key, candidates, best, device)
-            if found is not None:
-                best[key] = found
-        if best:
-            path = tiles.write_tiles(case.op, tiles.device_name(device), best)
-            print(f"Wrote {len(best)} entries to {path}")
-
-
-def best_tile(
-    case: Case,
-    prover: Case,
-    key: str,
-    candidates: Iterable[tiles.Tile],
-    chosen: dict[str, tiles.Tile],
-    device: torch.device,
-) -> tiles.Tile | None:
-    """The fastest of the tiles that compile, are not denied, and pass the gradient check."""
-    best, best_ms = None, float("inf")
-    for tile in candidates:
-        if tiles.denied(case.op, key, tile, tiles.capability(device)):
-            continue
-        with tiles.using(case.op, {**chosen, key: tile}):
-            try:
-                verdict = check(prover, device)
-                if not verdict.ok:
-                    print(f"  {key} {dict(tile)}: wrong, {verdict.worst[0]} off by {verdict.worst[1]:.1e}")
-                    continue
-                ms = milliseconds(case, device)
-            except Exception as error:  # out of shared memory, compiler refusal: not a usable tile
-                print(f"  {key} {dict(tile)}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-                continue
-        print(f"  {key} {dict(tile)}: {ms:.3f} ms", flush=True)
-        if ms < best_ms:
-            best, best_ms = tile, ms
-    return best
-
-
-def milliseconds(case: Case, device: torch.device) -> float:
-    """Median time of forward and backward together."""
-    import triton
-
-    inputs = case.inputs(device, 0)
-    with torch.no_grad():
-        outputs = case.run(inputs, None)
-    cotangents = {name: torch.randn_like(y) for name, y in outputs.items()}
-    return triton.testing.do_bench(lambda: evaluate(case, inputs, None, cotangents), return_mode="median")
