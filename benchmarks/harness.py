@@ -58,6 +58,7 @@ class Cell:
     peak_mib: float = 0.0
     terabytes_per_s: float = 0.0
     teraflops: float = 0.0
+    kernels_us: dict[str, float] = field(default_factory=dict)
 
     def median(self, clock: str) -> float:
         times = getattr(self, clock)
@@ -131,6 +132,19 @@ class Runner:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
+    def kernels_us(self, repeats: int = 5) -> dict[str, float]:
+        """GPU time of each kernel of forward and backward, by name, in microseconds."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.both()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            for _ in range(repeats):
+                self.both()
+            torch.cuda.synchronize()
+        times = {event.key: event.device_time_total / repeats for event in record.key_averages()}
+        return dict(sorted(((name, us) for name, us in times.items() if us > 0), key=lambda item: -item[1]))
+
     def capture(self, kind: str) -> None:
         """Graph of `forward` or `both`. Allocations inside are the graph's own."""
         stream = torch.cuda.Stream()
@@ -184,8 +198,8 @@ def prepare(benchmark: Benchmark, device: torch.device) -> tuple[list[Cell], dic
     return list(cells.values()), runners
 
 
-def measure(benchmark: Benchmark, device: torch.device, rounds: int, repeat_ms: int) -> list[Cell]:
-    """All cells of one benchmark, implementations interleaved within each round."""
+def measure(benchmark: Benchmark, device: torch.device, rounds: int, repeat_ms: int, profiled: str = "") -> list[Cell]:
+    """All cells of one benchmark, implementations interleaved within each round; `profiled` names one to split in kernels."""
     cells, runners = prepare(benchmark, device)
     by_name = {cell.implementation: cell for cell in cells}
     for name, runner in runners.items():
@@ -204,6 +218,8 @@ def measure(benchmark: Benchmark, device: torch.device, rounds: int, repeat_ms: 
                 getattr(cell, f"eager_{kind}_ms").append(milliseconds(getattr(runner, kind), repeat_ms))
                 if kind in runner.graphs:
                     getattr(cell, f"graph_{kind}_ms").append(milliseconds(runner.graphs[kind].replay, repeat_ms))
+    if profiled in runners:
+        by_name[profiled].kernels_us = runners[profiled].kernels_us()
     for cell in cells:
         best = cell.median("graph_both_ms") if cell.graph_both_ms else cell.median("eager_both_ms")
         cell.terabytes_per_s = benchmark.bytes_moved / best / 1e9

@@ -13,22 +13,25 @@ import importlib
 import json
 import pkgutil
 import platform
+import time
 from pathlib import Path
 
 import torch
 
 import benchmarks.cases
 from benchmarks.harness import Benchmark, Cell, measure, milliseconds
+from benchmarks.warm import tune_quickly
 
 OURS = "flame"
 
 
-def find(ops: list[str], text: str) -> list[Benchmark]:
-    found = []
-    for module in pkgutil.iter_modules(benchmarks.cases.__path__):
-        if not ops or module.name in ops:
-            found += importlib.import_module(f"benchmarks.cases.{module.name}").benchmarks()
-    return [each for each in found if text in each.name]
+def find(ops: list[str], texts: list[str]) -> list[Benchmark]:
+    """Benchmarks of the modules `ops` (default all) whose name contains one of `texts` (default any), in
+    which an underscore may stand for a space."""
+    names = ops or [module.name for module in pkgutil.iter_modules(benchmarks.cases.__path__)]
+    found = [each for name in names for each in importlib.import_module(f"benchmarks.cases.{name}").benchmarks()]
+    texts = [text.replace("_", " ") for text in texts]
+    return [each for each in found if not texts or any(text in each.name.replace("_", " ") for text in texts)]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -43,7 +46,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 def machine(device: torch.device) -> dict[str, object]:
     import triton
 
-    names = ("fla-core", "flash-linear-attention", "liger-kernel", "cut-cross-entropy")
+    names = ("fla-core", "flash-linear-attention", "mamba-ssm", "liger-kernel", "cut-cross-entropy")
     peers = {name: version for name in names if (version := installed(name))}
     return {
         "gpu": torch.cuda.get_device_name(device),
@@ -117,23 +120,34 @@ def plot(cells: list[Cell], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", default=[], help="case module, may be repeated; default all")
-    parser.add_argument("--case", default="", help="only cases whose name contains this text")
+    parser.add_argument("--case", action="append", default=[], help="only cases whose name contains one of these texts")
     parser.add_argument("--out", type=Path, default=Path("outputs/kernels"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat-ms", type=int, default=100, help="measuring time per clock, round and implementation")
+    parser.add_argument("--profile", action="store_true", help="also time each kernel of ours (torch.profiler)")
+    parser.add_argument("--quick-tuning", action="store_true", help="peers time each configuration for 15 ms, not 100")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further case after this long")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.kernels needs a GPU.")
     device = torch.device("cuda")
     args.out.mkdir(parents=True, exist_ok=True)
-    facts, cells = machine(device), []
+    if args.quick_tuning:
+        tune_quickly()
+    facts, cells, begun = machine(device), [], time.perf_counter()
     for benchmark in find(args.op, args.case):
-        cells += measure(benchmark, device, args.rounds, args.repeat_ms)
+        if time.perf_counter() - begun > args.seconds:
+            print(f"No time left for {benchmark.name}.")
+            continue
+        cells += measure(benchmark, device, args.rounds, args.repeat_ms, OURS if args.profile else "")
         torch.cuda.empty_cache()
         result = {"machine": facts, "cells": [cell.as_dict() for cell in cells]}
         (args.out / "kernels.json").write_text(json.dumps(result, indent=1))
         (args.out / "kernels.md").write_text(table(cells, facts))
         print(table(cells[-len(benchmark.implementations) :], {}), flush=True)
+        for cell in cells[-len(benchmark.implementations) :]:
+            for kernel, microseconds in cell.kernels_us.items():
+                print(f"    {microseconds:9.1f} us  {kernel}", flush=True)
     plot(cells, args.out / "kernels.png")
 
 

@@ -1,12 +1,15 @@
 """The doctor finds every op's cases, tells right from wrong, and proves what the tables ship."""
 
 import argparse
+import os
 
+import pytest
 import torch
 
 from flame import doctor
-from flame.kernels import checking, tiles
+from flame.kernels import checking, tiles, tuning
 from flame.kernels.checking import Case, Verdict, all_cases, check
+from flame.kernels.isolation import run_isolated
 
 
 def options(*words):
@@ -77,25 +80,77 @@ def test_a_crash_is_a_verdict_not_a_traceback(monkeypatch, capsys):
     assert "no kernel image" in capsys.readouterr().out
 
 
-def test_unproven_tile_is_never_written(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def ops(monkeypatch, tmp_path):
+    """Cases found by name, tables in a folder of the test's own."""
     monkeypatch.setattr(tiles, "TABLES", tmp_path)
+    found = {}
+    monkeypatch.setattr(tuning, "named_cases", lambda: found)
+    monkeypatch.setattr(checking, "named_cases", lambda: found)
+    yield found
+    tiles.shipped_tiles.cache_clear()
+
+
+def test_unproven_tile_is_never_written(ops, tmp_path, capsys):
     base = square()
     tuned = Case("square", "big", base.inputs, base.run, keys={"forward": [{"BT": 16}]}, tune=True)
-    doctor.tune_all([tuned], torch.device("cpu"))
+    tuning.tune_all([tuned], torch.device("cpu"), 1)
     assert "SKIPPED" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_tuning_takes_the_fastest_tile_whose_gradients_are_right(monkeypatch):
-    keys = {"forward": [{"BT": 16}, {"BT": 32}, {"BT": 64}]}
+def test_tuning_takes_the_fastest_tile_whose_gradients_are_right(ops, monkeypatch):
+    keys = {"forward": [{"BT": 16}, {"BT": 32}, {"BT": 64}, {"BT": 128}]}
     base = square()
 
     def current():
         return tiles.choose("square", "forward", {"BT": 0}, torch.device("cpu"))["BT"]
 
-    case = Case("square", "n=8", base.inputs, base.run, keys=keys)
-    times = {16: 3.0, 32: 2.0, 64: 1.0}
-    monkeypatch.setattr(doctor, "milliseconds", lambda case, device: times[current()])
-    wrong = Verdict({"dx": 1.0}, 1e-3)
-    monkeypatch.setattr(doctor, "check", lambda c, d: wrong if current() == 64 else checking.check(c, d))
-    assert doctor.best_tile(case, case, "forward", keys["forward"], {}, torch.device("cpu")) == {"BT": 32}
+    prover = Case("square", "n=8", base.inputs, base.run, keys=keys)
+    big = Case("square", "big", base.inputs, base.run, keys=keys, tune=True)
+    ops.update({(case.op, case.name): case for case in (prover, big)})
+
+    def milliseconds(case, device):
+        if current() == 128:
+            raise RuntimeError("out of shared memory")
+        return {0: 4.0, 16: 3.0, 32: 2.0, 64: 1.0}[current()]
+
+    right = checking.check
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(
+        checking, "check", lambda case, device: Verdict({"dx": 1.0}, 1e-3) if current() == 64 else right(case, device)
+    )
+    tuning.tune_all([prover, big], torch.device("cpu"), 1)
+    assert tiles.shipped_tiles("square", "cpu") == {"forward": {"BT": 32}}
+
+
+def test_default_that_is_as_fast_needs_no_entry(ops, monkeypatch, tmp_path):
+    base, keys = square(), {"forward": [{"BT": 16}]}
+    prover = Case("square", "n=8", base.inputs, base.run, keys=keys)
+    big = Case("square", "big", base.inputs, base.run, keys=keys, tune=True)
+    ops.update({(case.op, case.name): case for case in (prover, big)})
+    monkeypatch.setattr(tuning, "milliseconds", lambda case, device: 1.0)
+    tuning.tune_all([prover, big], torch.device("cpu"), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_give_the_verdicts_of_one(tmp_path, capsys):
+    words = ("--op", "elementwise_scan", "--case", "B=2 T=6")
+    assert doctor.main(options(*words, "--json", str(tmp_path / "one.json"))) == 0
+    assert doctor.main(options(*words, "--jobs", "2", "--json", str(tmp_path / "two.json"))) == 0
+    one, two = ((tmp_path / f"{name}.json").read_text() for name in ("one", "two"))
+    assert one == two and '"dlog_decay"' in one
+
+
+def fragile(x):
+    if x == 1:
+        os._exit(3)
+    if x == 2:
+        raise ValueError("no")
+    return x * x
+
+
+def test_a_call_that_kills_its_process_harms_no_other():
+    results = list(run_isolated(fragile, [(x,) for x in range(5)], 2))
+    assert [value for done, value in results if done] == [0, 9, 16]
+    assert results[1] == (False, "the process died") and results[2] == (False, "ValueError: no")

@@ -10,6 +10,7 @@ from benchmarks.harness import Benchmark, Call, Tensors
 # (batch, tokens, heads, K, V); the fla registry's six, constant tokens, and model shapes.
 COMMON = (
     (8, 4096, 16, 128, 128),
+    (2, 16384, 16, 128, 128),
     (1, 32768, 16, 128, 128),
     (1, 8192, 96, 128, 128),
     (4, 2048, 16, 128, 128),
@@ -19,7 +20,8 @@ COMMON = (
 MODELS = {
     "retention": ((8, 4096, 8, 256, 512),),
     "scalar": ((8, 4096, 32, 128, 64),),
-    "key": ((8, 4096, 4, 128, 256), (8, 4096, 4, 256, 512)),
+    "rwkv6": ((8, 4096, 16, 128, 128), (8, 4096, 4, 128, 256)),
+    "key": ((8, 4096, 4, 128, 256), (8, 4096, 8, 128, 128), (8, 4096, 4, 256, 512)),
 }
 
 
@@ -38,19 +40,21 @@ def make_inputs(kind: str, shape: tuple[int, ...], device: torch.device, seed: i
         call["decay"] = torch.log1p(-(2.0 ** (-5 - torch.arange(H, device=device, dtype=torch.float32))))
     if kind == "scalar":
         call["decay"] = F.logsigmoid(normal(B, T, H)) / 16
-    if kind == "key":
+    if kind in ("key", "rwkv6"):
         call["decay"] = (F.logsigmoid(normal(B, T, H, K)) / 16).bfloat16()
+    if kind == "rwkv6":
+        call["bonus"] = normal(H, K).bfloat16()
     return call
 
 
 def ours(kind: str, backend: str | None = None) -> Call:
     from flame.kernels.linear_attention import linear_attention
 
-    argument = {"retention": "head_decay", "scalar": "scalar_decay", "key": "key_decay"}[kind]
+    argument = {"retention": "head_decay", "scalar": "scalar_decay"}.get(kind, "key_decay")
 
     def call(inputs: Tensors) -> torch.Tensor:
-        q, k, v, decay = inputs.values()
-        return linear_attention(q, k, v, **{argument: decay}, backend=backend)[0]
+        rest = {argument if name == "decay" else name: x for name, x in inputs.items()}
+        return linear_attention(**rest, backend=backend)[0]
 
     return call
 
@@ -68,6 +72,11 @@ def fla(kind: str) -> Call:
 
         chunk_o.TRITON_ABOVE_3_7_1 = True
         return lambda x: chunk_simple_gla(x["q"], x["k"], x["v"], x["decay"])[0]
+    if kind == "rwkv6":
+        from fla.ops.rwkv6 import chunk_rwkv6
+
+        scale = lambda x: x["q"].shape[-1] ** -0.5  # noqa: E731
+        return lambda x: chunk_rwkv6(x["q"], x["k"], x["v"], x["decay"], x["bonus"], scale=scale(x))[0]
     from fla.ops.gla import chunk_gla
 
     return lambda x: chunk_gla(x["q"], x["k"], x["v"], x["decay"])[0]
@@ -75,8 +84,8 @@ def fla(kind: str) -> Call:
 
 def benchmarks() -> list[Benchmark]:
     found = []
-    for kind in ("retention", "scalar", "key"):
-        for shape in (*COMMON, *MODELS[kind]):
+    for kind, own in MODELS.items():
+        for shape in own if kind == "rwkv6" else (*COMMON, *own):
             found.append(make_benchmark(kind, shape))
     return found
 
@@ -85,7 +94,7 @@ def make_benchmark(kind: str, shape: tuple[int, ...]) -> Benchmark:
     B, T, H, K, V = shape
     rows = B * T * H
     # Each tensor once forward (q, k, v, o and a key decay) and once backward (again, with do and the gradients).
-    decay = K if kind == "key" else 0
+    decay = K if kind in ("key", "rwkv6") else 0
     moved = 2 * rows * ((2 * K + 2 * V + decay) + (4 * K + 3 * V + 2 * decay))
     return Benchmark(
         op="linear_attention",

@@ -11,14 +11,16 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 import flame.kernels
-from flame.kernels.tiles import Tile
+from flame.kernels.tiles import Tile, using
 
 Tensors = dict[str, Tensor]
+RAGGED = (0, 1, 64, 64, 127, 640, 1300)  # bounds of packed documents: one token, odd, none, a chunk, long
 DTYPE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 
 
@@ -78,6 +80,16 @@ def all_cases(ops: Sequence[str] = ()) -> Iterator[Case]:
         yield from cases.cases()
 
 
+def scan_shapes(widths: Sequence[int]) -> list[tuple[int, tuple[int, ...], int, torch.dtype, bool]]:
+    """(batch, bounds of documents, channels, dtype, strong decay) by which every scan over time is checked."""
+    bf16 = torch.bfloat16
+    shapes: list[tuple[int, tuple[int, ...], int, torch.dtype, bool]]
+    shapes = [(2, (0, tokens), widths[0], bf16, False) for tokens in (1, 63, 64, 65, 4096 + 7)]
+    shapes += [(2, (0, 500), width, bf16, strong) for width in widths[1:] for strong in (False, True)]
+    shapes += [(1, RAGGED, widths[1], bf16, False), (1, RAGGED, widths[1], torch.float32, False)]
+    return [*shapes, (2, (0, 300), widths[1], torch.float32, True), (2, (0, 300), widths[1], torch.float16, False)]
+
+
 def evaluate(case: Case, inputs: Tensors, backend: str | None, cotangents: Tensors | None = None) -> Tensors:
     """Outputs and gradients of a case; cotangents are drawn from a fixed seed when not given."""
     leaves = {name: x.detach().clone() for name, x in inputs.items()}
@@ -95,10 +107,12 @@ def evaluate(case: Case, inputs: Tensors, backend: str | None, cotangents: Tenso
 
 
 def draw_cotangents(outputs: Tensors) -> Tensors:
-    """fp64 normal tensors shaped as the outputs, drawn on the CPU so that every device gets the same."""
-    generator = torch.Generator().manual_seed(11)
+    """fp64 normal tensors shaped as the outputs, the same whenever they are drawn on one device."""
+    device = next(iter(outputs.values())).device
+    generator = torch.Generator(device).manual_seed(11)
     return {
-        name: torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device) for name, y in outputs.items()
+        name: torch.randn(y.shape, generator=generator, dtype=torch.float64, device=device)
+        for name, y in outputs.items()
     }
 
 
@@ -140,3 +154,14 @@ def _poisoned(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@lru_cache(maxsize=1)
+def named_cases() -> dict[tuple[str, str], Case]:
+    return {(case.op, case.name): case for case in all_cases()}
+
+
+def check_by_name(op: str, name: str, device: str, forced: Mapping[str, Tile] | None = None) -> Verdict:
+    """`check` for another process, which finds the case anew because its functions do not travel; `forced` tiles by key."""
+    with using(op, forced or {}):
+        return check(named_cases()[op, name], torch.device(device))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from flame.kernels.linear_attention.triton_scalar import LOG2E, item_bounds, load_rows
-from flame.kernels.linear_attention.triton_vector import LIMIT, level_factor, level_mask
+from flame.kernels.linear_attention.triton_vector import LIMIT, level_factor, level_mask, running_sum
 
 
 @triton.jit
@@ -50,7 +50,10 @@ def finish(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
+    DOTS: tl.constexpr,
 ):
+    # DOTS: 1 sums the decay by products, 2 the decay's gradient, 3 both.
+    TERMS: tl.constexpr = 1 if decay_ptr.dtype.element_ty == tl.bfloat16 else 3
     item = tl.program_id(2) // H
     head = tl.program_id(2) % H
     start, length = item_bounds(starts_ptr, ends_ptr, item, tokens, segment, segments, VARLEN)
@@ -95,9 +98,13 @@ def finish(
             at = out + rows[:, None] * (H * K) + columns[None, :]
             at_scores = dscores_ptr + rows[:, None] * (H * BT) + local[None, :]
             dscores = tl.load(at_scores, mask=keep[:, None], other=0.0)
-            log = load_rows(decay_ptr, rows, HG * K, columns, keep, K, BK).to(tl.float32) * LOG2E
+            raw = load_rows(decay_ptr, rows, HG * K, columns, keep, K, BK)
             k = load_rows(k_ptr, rows, stride_kt, columns, keep, K, BK)
-            decayed = tl.cumsum(log, 0)
+            log = raw.to(tl.float32) * LOG2E
+            if DOTS & 1:
+                decayed = running_sum((local[:, None] >= local[None, :]).to(tl.bfloat16), raw, TERMS) * LOG2E
+            else:
+                decayed = tl.cumsum(log, 0)
             whole = tl.sum(log, 0)
             if BONUS:
                 reader = tl.exp2(decayed - log)
@@ -154,7 +161,11 @@ def finish(
                             product += near_read - near_k.to(tl.float32) * other
             if DECAY_GRADIENT:
                 total = tl.sum(product, 0)
-                gradient = (carry + total)[None, :] - tl.cumsum(product, 0) + product
+                if DOTS & 2:
+                    later = (local[:, None] <= local[None, :]).to(tl.bfloat16)
+                    gradient = carry[None, :] + running_sum(later, product, 3 if tl.float32 == DOT else 2)
+                else:
+                    gradient = (carry + total)[None, :] - tl.cumsum(product, 0) + product
                 if BONUS:
                     gradient -= read
                 tl.store(ddecay_ptr + at, gradient.to(ddecay_ptr.dtype.element_ty), mask=inside)

@@ -68,18 +68,19 @@ class DecayGradient:
     ddecay: Tensor  # [tiles, T, H] fp32
 
 
-def default_tile(D: int, E: int, dtype: torch.dtype) -> tiles.Tile:
-    """A tile that compiles everywhere; `flame doctor --tune` finds faster ones."""
+def default_tile(D: int, E: int, dtype: torch.dtype, gated: bool = False) -> tiles.Tile:
+    """A tile that compiles everywhere and spills few registers; `flame doctor --tune` finds faster ones."""
     wide = power_of_2(D) * (2 if dtype == torch.float32 else 1)
     rows = 64 if wide <= 512 else 16
-    columns = min(64 if wide <= 256 else 32, power_of_2(E))
-    warps = 8 if wide >= 256 else 4
-    return {"BT": rows, "BE": columns, "num_warps": warps, "num_stages": 2 if wide <= 128 else 1}
+    columns = min(64 if wide < 256 else 32, power_of_2(E))
+    warps = 8 if wide >= 256 or (gated and wide >= 128) else 4
+    return {"BT": rows, "BE": columns, "num_warps": warps, "num_stages": 2 if wide <= 256 else 1}
 
 
 @lru_cache(maxsize=1024)
 def _tile_key(name: str, kind: str, D: int, E: int, dtype: torch.dtype) -> tuple[str, tiles.Tile]:
-    return tiles.key(name, kind=kind, D=D, E=E, dtype=dtype), default_tile(D, E, dtype)
+    gated = kind == "scalar" and name in ("dq", "dk")
+    return tiles.key(name, kind=kind, D=D, E=E, dtype=dtype), default_tile(D, E, dtype, gated)
 
 
 def forward(

@@ -48,9 +48,14 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
     wide = 2 if dtype == torch.float32 else 1
     summed = power_of_2(K if name == "key" else V) * wide
     if name == "prepare":
-        return {"BT": 64 if max(K, V) * wide <= 512 else 32, "BK": min(64 // wide, power_of_2(K)), "num_warps": 4}
+        return {
+            "BT": 64 if max(K, V) * wide <= 512 else 32,
+            "BK": min(64 // wide, power_of_2(K)),
+            "num_warps": 4,
+            "DOTS": 0,
+        }
     if name.startswith("finish"):
-        return {"BK": min(64 // wide, power_of_2(K)), "num_warps": 8}
+        return {"BK": min(64 // wide, power_of_2(K)), "num_warps": 8, "DOTS": 0}
     columns = "BV" if name == "key" else "BK"
     width = min(64 if summed <= 256 else 32, power_of_2(V if name == "key" else K))
     stages = 2 if summed <= 128 else 1
