@@ -16,6 +16,7 @@ from flame.models.mixers.nsa import means_with_past, with_past
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import GatedRMSNorm, Linear, RMSNorm
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 QK_NORM_EPS, OUTPUT_NORM_EPS = 1e-5, 1e-6
 
@@ -102,6 +103,15 @@ class MixtureOfBlockAttention(Mixer):
         if c.use_output_gate:
             return self.o_proj(merge_heads(self.o_norm(o, split_heads(self.g_proj(x), c.num_heads))))
         return self.o_proj(merge_heads(self.o_norm(o)))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads, grouped = rows(self, c.num_heads, "q_proj", "g_proj.1"), rows(self, c.kv_heads, "k_proj", "v_proj")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """4 operations for every visible key and channel."""

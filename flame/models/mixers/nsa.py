@@ -17,6 +17,7 @@ from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear
 from flame.models.registry import System, register
+from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
 
 @dataclass(kw_only=True)
@@ -89,6 +90,15 @@ class NativeSparseAttention(Mixer):
                 )
         o = native_sparse_attention(q, k, v, gates, self.pattern, cu_seqlens=ctx.cu_seqlens, means=means)
         return self.o_proj(merge_heads(o))
+
+    def tensor_parallel_plan(self, ranks: int) -> Plan:
+        c = self.config
+        local = {
+            "num_heads": whole_per_rank(c.num_heads, ranks, "num_heads"),
+            "kv_heads": shared_per_rank(c.kv_heads, ranks, "num_kv_heads"),
+        }
+        heads, grouped = rows(self, c.num_heads, "q_proj", "g_proj"), rows(self, c.kv_heads, "k_proj", "v_proj")
+        return Plan({**heads, **grouped, **columns(self, "o_proj")}, local)
 
     def flops(self, seq_len: int) -> float:
         """4 operations for every key or block mean that a query sees, and channel, in each branch."""
