@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -37,12 +36,12 @@ class TensorParallel:
 
     def gather(self, x: Tensor, length: int | None = None) -> Tensor:
         """Own tokens [B, ceil(T / ranks), D] -> all tokens [B, T, D]; a last rank's padding is cut off if T is given."""
-        whole = _Gather.apply(x.transpose(0, 1).contiguous(), self.group).transpose(0, 1)
+        whole = _Gather.apply(x.transpose(0, 1), self.group).transpose(0, 1)
         return whole if length is None else whole[:, :length]
 
     def scatter(self, x: Tensor) -> Tensor:
         """Each rank's addend [B, T, D] -> own tokens of the sum [B, ceil(T / ranks), D]."""
-        return _Scatter.apply(self._padded(x).transpose(0, 1).contiguous(), self.group).transpose(0, 1)
+        return _Scatter.apply(self._padded(x).transpose(0, 1), self.group).transpose(0, 1)
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """Own tokens [B, ceil(T / ranks), D] of what all ranks hold alike [B, T, D]."""
@@ -58,7 +57,7 @@ class TensorParallel:
 
     def join(self, x: Tensor) -> Tensor:
         """Every rank's [..., C / ranks] side by side, [..., C]."""
-        return _Gather.apply(x.movedim(-1, 0).contiguous(), self.group).movedim(0, -1)
+        return _Gather.apply(x.movedim(-1, 0), self.group).movedim(0, -1)
 
     def once(self, x: Tensor) -> Tensor:
         """`x`, which all ranks computed alike, where it joins the loss: every rank passes back its share of the gradient."""
@@ -69,18 +68,43 @@ class TensorParallel:
         return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
+COLLECTIVES = (
+    torch.ops._c10d_functional
+)  # what both eager and compiled code run; its names outlive those of its wrappers
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows of all ranks below one another."""
+    return COLLECTIVES.wait_tensor(COLLECTIVES.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """One's own rows of the sum over ranks."""
+    total = COLLECTIVES.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    return COLLECTIVES.wait_tensor(total)
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return COLLECTIVES.wait_tensor(COLLECTIVES.all_reduce(x.contiguous(), "sum", group.group_name))
+
+
+def all_to_all(x: Tensor, received: tuple[int, ...], sent: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+    """Rows from every rank below one another, `received` and `sent` of them from and to each."""
+    exchanged = COLLECTIVES.all_to_all_single(x.contiguous(), list(received), list(sent), group.group_name)
+    return COLLECTIVES.wait_tensor(exchanged)
+
+
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks below one another; backwards, the sum over ranks of the gradients of one's own rows."""
+    """Rows of all ranks; backwards, the sum over ranks of the gradients of one's own rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.wait_tensor(collectives.all_gather_tensor(x, 0, group))
+        return all_gather(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total = collectives.reduce_scatter_tensor(grads[0].contiguous(), "sum", 0, ctx.group)
-        return collectives.wait_tensor(total), None
+        return reduce_scatter(grads[0], ctx.group), None
 
 
 class _Scatter(torch.autograd.Function):
@@ -89,11 +113,11 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.wait_tensor(collectives.reduce_scatter_tensor(x, "sum", 0, group))
+        return reduce_scatter(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return collectives.wait_tensor(collectives.all_gather_tensor(grads[0].contiguous(), 0, ctx.group)), None
+        return all_gather(grads[0], ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
@@ -102,11 +126,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+        return all_reduce(grads[0], ctx.group), None
 
 
 class _Deal(torch.autograd.Function):
@@ -116,16 +140,15 @@ class _Deal(torch.autograd.Function):
     def forward(ctx: Any, stored: Tensor, deal: Rows, group: dist.ProcessGroup) -> Tensor:
         ctx.deal, ctx.group, ctx.shape = deal, group, stored.shape
         outgoing = torch.cat([stored[start:stop] for start, stop in deal.sent])
-        result = collectives.all_to_all_single(outgoing, list(deal.receives), list(deal.sends), group)
-        return collectives.wait_tensor(result)
+        return all_to_all(outgoing, deal.receives, deal.sends, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         deal: Rows = ctx.deal
-        back = collectives.all_to_all_single(grads[0].contiguous(), list(deal.sends), list(deal.receives), ctx.group)
+        back = all_to_all(grads[0], deal.sends, deal.receives, ctx.group)
         stored = grads[0].new_zeros(ctx.shape)
         heights = [stop - start for start, stop in deal.sent]
-        for (start, stop), piece in zip(deal.sent, collectives.wait_tensor(back).split(heights)):
+        for (start, stop), piece in zip(deal.sent, back.split(heights)):
             stored[start:stop] += piece
         return stored, None, None
 

@@ -13,6 +13,7 @@ from flame.optim.schedules import LearningRate, Schedule
 from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp
 from flame.parallel.mesh import build_mesh
+from flame.parallel.tensor import apply_tensor_parallel
 from flame.step import FiniteGuard, StepOptions, TrainStep
 
 CONFIG = {
@@ -66,8 +67,10 @@ def sharded_model(degrees, world_size, config=None, checkpointing="none", **opti
     options = {"param_dtype": torch.float32, **options}
     with torch.device("meta"):
         model = build_model(config or CONFIG)
-    apply_activation_checkpointing(list(model.blocks), checkpointing, "op")
     mesh = build_mesh(degrees, "cpu", world_size)
+    if degrees.tp > 1:
+        apply_tensor_parallel(model, mesh.axis("tp"))
+    apply_activation_checkpointing(list(model.blocks), checkpointing, "op")
     apply_fsdp(model, list(model.blocks), mesh.fsdp, ShardingOptions(**options))
     model.to_empty(device="cpu")
     initialize_weights(model, seed=1)

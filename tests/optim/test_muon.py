@@ -2,7 +2,7 @@ import torch
 import torch.nn as nn
 
 from flame.optim.groups import parameter_groups, split_matrices
-from flame.optim.muon import Muon, MuonOptions, newton_schulz, rows_by_rank
+from flame.optim.muon import Muon, MuonOptions, newton_schulz
 
 YES, NO, LR = torch.tensor(True), torch.tensor(False), torch.tensor(0.02)
 
@@ -51,8 +51,3 @@ def test_matrices_of_blocks_are_split_from_the_rest():
     assert [list(group.parameters) for group in matrices] == [["layers.0.weight"]]
     assert sorted(name for group in rest for name in group.parameters) == ["embeddings.weight", "layers.0.bias"]
 
-
-def test_rows_are_dealt_like_torch_chunks():
-    for rows, world in [(8, 4), (7, 4), (5, 4), (3, 4), (9, 2)]:
-        chunks = [len(chunk) for chunk in torch.arange(rows).chunk(world)]
-        assert rows_by_rank(rows, world) == chunks + [0] * (world - len(chunks))
