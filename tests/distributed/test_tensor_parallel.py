@@ -109,7 +109,6 @@ VARIANTS = {  # parts of layers that not every configuration has, and heads that
     "moba_gated": job("moba", use_output_gate=True, num_heads=4, num_kv_heads=1, moba_chunk_size=4, moba_topk=2),
     "mla_direct": job("mla", q_lora_rank=None),
     "nsa_shared_kv": job("nsa", num_kv_heads=1, qkv_bias=True),
-    "moba_gated": job("moba", num_heads=4, num_kv_heads=1, qk_norm=True, use_output_gate=True),
     "mom_single": job("mom", single_kv_proj=True, shared_mem=False, use_output_gate=False),
     "rwkv6_hybrid": job("rwkv6", attn={"layers": [1], "num_heads": 2}, num_hidden_layers=3),
     "three_systems": job("gla", num_hidden_layers=3, layer_types=["gla", "rwkv7", "transformer"],
