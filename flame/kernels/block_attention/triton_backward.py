@@ -7,6 +7,8 @@ also leaves each query's part of dq; larger blocks take dq from a pass with the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,7 @@ from torch import Tensor
 from flame.kernels import tiles
 from flame.kernels.block_attention.triton_common import LOG2E, Sizes, gathered_entries, load_rows, precision, store_rows
 from flame.kernels.block_attention.triton_forward import OP, tile_key
-from flame.kernels.block_attention.triton_layout import Blocks, Entries, Pieces, cut
+from flame.kernels.block_attention.triton_layout import Blocks, Entries, cut
 from flame.kernels.layout import cdiv, power_of_2
 
 ROWS_PER_PIECE = 4096
@@ -32,15 +34,14 @@ def _delta_kernel(o, do, delta, rows, V: tl.constexpr, BV: tl.constexpr, BR: tl.
 
 @triton.jit
 def _query_kernel(
-    q, k, v, do, lse, delta, order, offsets, bucket_at, begin_at, starts, ends, part, first, S, NB, scale,
+    q, k, v, do, lse, delta, order, pieces, starts, ends, part, first, S, NB, scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a block adds to dq / scale of the queries that chose it."""
-    bucket = tl.load(bucket_at + tl.program_id(0))
-    begin = tl.load(begin_at + tl.program_id(0))
-    end = tl.minimum(begin + BQ, tl.load(offsets + bucket + 1))
+    piece = pieces + tl.program_id(0) * 4
+    bucket, begin, end = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
     if begin < end:
         head, block = bucket // NB, bucket % NB
         start, stop = tl.load(starts + block), tl.load(ends + block)
@@ -64,16 +65,15 @@ def _query_kernel(
 
 @triton.jit
 def _key_kernel(
-    q, k, v, do, lse, delta, order, offsets, bucket_at, begin_at, slot_at, starts, ends, part, dk, dv, dk_part, dv_part,
-    first, S, NB, SIZE, LENGTH, scale, softmax_scale,
+    q, k, v, do, lse, delta, order, pieces, starts, ends, part, dk, dv, dk_part, dv_part,
+    first, S, NB, SIZE, scale, softmax_scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, WITH_DQ: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys of a block from a piece of its bucket, in fp32; all products have the keys in their rows."""
-    piece = tl.program_id(0)
-    bucket, begin, slot = tl.load(bucket_at + piece), tl.load(begin_at + piece), tl.load(slot_at + piece)
-    end = tl.minimum(begin + LENGTH, tl.load(offsets + bucket + 1))
+    piece = pieces + tl.program_id(0) * 4
+    bucket, begin, end, slot = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2), tl.load(piece + 3)
     head, block = bucket // NB, bucket % NB
     start, stop = tl.load(starts + block), tl.load(ends + block)
     j = start + tl.program_id(1) * BN + tl.arange(0, BN)
@@ -159,75 +159,82 @@ def row_sums(o: Tensor, do: Tensor) -> Tensor:
 
 
 def differentiate(
-    tensors: tuple[Tensor, ...],
-    choices: Tensor,
-    entries: Entries,
-    blocks: Blocks,
-    sizes: Sizes,
-    grads: tuple,
-    add: bool,
-) -> None:
-    """Write dq of the queries of `entries` and add to (or, unless `add`, write) the dk and dv of the blocks they chose.
-
-    tensors: q, k, v, do, lse, delta. grads: dq, dk, dv, the last two zero before the first call.
-    """
-    q, S = tensors[0], choices.shape[2]
-    dq, dk, dv = grads
-    key = tile_key("keys", sizes, blocks.size, q.dtype)
-    tile = dict(tiles.choose(OP, key, key_tile(sizes, blocks.size), q.device))
-    queries, fused = sizes.queries(tile.pop("BM")), tile["BN"] >= blocks.size
-    part = q.new_empty(choices.shape[0] * sizes.H * S, sizes.K)
-    if not fused:
-        _queries(tensors, choices, entries, blocks, sizes, part)
-    pieces = cut(entries, max(queries, ROWS_PER_PIECE // power_of_2(sizes.rows)))
-    dk_part = dk.new_empty(pieces.most_slots * blocks.size, sizes.K, dtype=torch.float32)
-    dv_part = dv.new_empty(pieces.most_slots * blocks.size, sizes.V, dtype=torch.float32)
-    _key_kernel[pieces.count, cdiv(blocks.size, tile["BN"])](
-        *tensors, entries.order, entries.offsets, pieces.bucket, pieces.begin, pieces.slot, blocks.starts, blocks.ends,
-        part, dk, dv, dk_part, dv_part, entries.first, S, blocks.count, blocks.size, pieces.length, sizes.scale * LOG2E,
-        sizes.scale, **sizes.constants(), BQ=queries, PRECISION=precision(q), WITH_DQ=fused, ADD=add, **tile,
-    )  # fmt: skip
-    for x_part, x in ((dk_part, dk), (dv_part, dv)):
-        _sum_pieces(pieces, blocks, entries.buckets, x_part, x, sizes.Hk, add)
-    rows, BK = choices.shape[0] * sizes.H, max(16, power_of_2(sizes.K))
+    tensors: tuple[Tensor, ...], entries: Entries, blocks: Blocks, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; tensors are q, k, v, do, lse, delta."""
+    q, k, v = tensors[:3]
+    add = entries.bands > 1
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(x, dtype=torch.float32 if add else x.dtype) for x in (k, v))
+    part = q.new_empty(min(entries.band, blocks.tokens) * sizes.H * entries.choices.shape[2], sizes.K)
+    keys = KeyPass(tensors, entries, blocks, sizes, (part, dk, dv))
+    queries = None if keys.fused else _query_pass(tensors, entries, blocks, sizes, part)
+    BK = max(16, power_of_2(sizes.K))
     BR = max(1, 2048 // BK)
-    _join_queries_kernel[(cdiv(rows, BR),)](
-        choices, part, dq, rows, entries.first * sizes.H, S, sizes.scale, K=sizes.K, GR=sizes.rows, BK=BK, BR=BR
-    )
+    for band, (first, last) in enumerate(entries.queries()):
+        if queries is not None:
+            queries(band, first)
+        keys(band, first)
+        rows = (last - first) * sizes.H
+        _join_queries_kernel[(cdiv(rows, BR),)](
+            entries.choices[first], part, dq, rows, first * sizes.H, entries.choices.shape[2], sizes.scale, K=sizes.K,
+            GR=sizes.rows, BK=BK, BR=BR,
+        )  # fmt: skip
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _queries(
-    tensors: tuple[Tensor, ...], choices: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes, part: Tensor
-) -> None:
+class KeyPass:
+    """Adds to dk and dv what the queries of a band give, and, if fused, leaves their parts of dq."""
+
+    def __init__(
+        self, tensors: tuple[Tensor, ...], entries: Entries, blocks: Blocks, sizes: Sizes, out: tuple[Tensor, ...]
+    ) -> None:
+        q = tensors[0]
+        key = tile_key("keys", sizes, blocks.size, q.dtype)
+        tile = dict(tiles.choose(OP, key, key_tile(sizes, blocks.size), q.device))
+        queries = sizes.queries(tile.pop("BM"))
+        # Triton 3.6 stores a wrong [256, rows] tile there; see the page on sparse attention.
+        self.fused = tile["BN"] >= blocks.size and sizes.K <= 128
+        self.pieces = cut(entries, max(queries, ROWS_PER_PIECE // power_of_2(sizes.rows)))
+        self.tensors, self.entries, self.blocks, self.sizes = tensors, entries, blocks, sizes
+        self.part, self.dk, self.dv = out
+        slots = self.pieces.most_slots * blocks.size
+        self.partial = [x.new_empty(slots, x.shape[-1], dtype=torch.float32) for x in (self.dk, self.dv)]
+        self.options = {**sizes.constants(), "BQ": queries, "PRECISION": precision(q), "WITH_DQ": self.fused, **tile}
+
+    def __call__(self, band: int, first: int) -> None:
+        blocks, sizes, add, size = self.blocks, self.sizes, self.entries.bands > 1, self.blocks.size
+        table, slots = self.pieces.table[band], self.pieces.slots[band]
+        _key_kernel[self.pieces.count, cdiv(size, self.options["BN"])](
+            *self.tensors, self.entries.order, table, blocks.starts, blocks.ends, self.part, self.dk, self.dv, *self.partial,
+            first, self.entries.choices.shape[2], blocks.count, size, sizes.scale * LOG2E, sizes.scale, ADD=add,
+            **self.options,
+        )  # fmt: skip
+        for x_part, x in zip(self.partial, (self.dk, self.dv)):
+            BD, BN = max(16, power_of_2(x.shape[-1])), max(1, min(32, power_of_2(size)))
+            _sum_pieces_kernel[self.entries.buckets, cdiv(size, BN)](
+                slots, blocks.starts, blocks.ends, x_part, x, blocks.count, size, Hk=sizes.Hk, D=x.shape[-1], BD=BD, BN=BN,
+                ADD=add,
+            )  # fmt: skip
+
+
+def _query_pass(
+    tensors: tuple[Tensor, ...], entries: Entries, blocks: Blocks, sizes: Sizes, part: Tensor
+) -> Callable[[int, int], None]:
+    """Writes the parts of dq of a band's queries."""
     q = tensors[0]
     key = tile_key("queries", sizes, blocks.size, q.dtype)
     tile = dict(tiles.choose(OP, key, query_tile(sizes, blocks.size), q.device))
     queries = sizes.queries(tile.pop("BM"))
     pieces = cut(entries, queries)
-    _query_kernel[(pieces.count,)](
-        *tensors, entries.order, entries.offsets, pieces.bucket, pieces.begin, blocks.starts, blocks.ends, part,
-        entries.first, choices.shape[2], blocks.count, sizes.scale * LOG2E, **sizes.constants(), BQ=queries,
-        PRECISION=precision(q), **tile,
-    )  # fmt: skip
 
+    def run(band: int, first: int) -> None:
+        _query_kernel[(pieces.count,)](
+            *tensors, entries.order, pieces.table[band], blocks.starts, blocks.ends, part, first, entries.choices.shape[2],
+            blocks.count, sizes.scale * LOG2E, **sizes.constants(), BQ=queries, PRECISION=precision(q), **tile,
+        )  # fmt: skip
 
-def _sum_pieces(pieces: Pieces, blocks: Blocks, buckets: int, x_part: Tensor, x: Tensor, Hk: int, add: bool) -> None:
-    D = x.shape[-1]
-    BD, BN = max(16, power_of_2(D)), max(1, min(32, power_of_2(blocks.size)))
-    _sum_pieces_kernel[buckets, cdiv(blocks.size, BN)](
-        pieces.slots,
-        blocks.starts,
-        blocks.ends,
-        x_part,
-        x,
-        blocks.count,
-        blocks.size,
-        Hk=Hk,
-        D=D,
-        BD=BD,
-        BN=BN,
-        ADD=add,
-    )
+    return run
 
 
 def key_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
@@ -243,8 +250,8 @@ def key_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
 def query_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
     wide = max(sizes.K, sizes.V) > 128
     return {
-        "BM": max(power_of_2(sizes.rows), 64 if wide else 128),
+        "BM": max(16, power_of_2(sizes.rows), 64),
         "BN": max(16, min(32 if wide else 64, power_of_2(block_size))),
-        "num_warps": 8,
+        "num_warps": 8 if wide else 4,
         "num_stages": 2,
     }

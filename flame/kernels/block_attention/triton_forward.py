@@ -21,15 +21,14 @@ OP = "block_attention"
 
 @triton.jit
 def _part_kernel(
-    q, k, v, order, offsets, bucket_at, begin_at, starts, ends, part, lse, first, S, NB, scale,
+    q, k, v, order, pieces, starts, ends, part, lse, first, S, NB, scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of up to BQ entries of a bucket to its block: outputs normalised in the block, and log2 of the weight."""
-    bucket = tl.load(bucket_at + tl.program_id(0))
-    begin = tl.load(begin_at + tl.program_id(0))
-    end = tl.minimum(begin + BQ, tl.load(offsets + bucket + 1))
+    piece = pieces + tl.program_id(0) * 4
+    bucket, begin, end = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
     if begin < end:
         head, block = bucket // NB, bucket % NB
         start, stop = tl.load(starts + block), tl.load(ends + block)
@@ -83,30 +82,29 @@ def _join_kernel(
     tl.store(lse + first_row + r, tl.where(total > 0, base + tl.log2(some), 0.0), mask=ok)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, choices: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes) -> tuple:
-    """Parts `[n * Hs * S * GR, V]` in q.dtype and their log2 weights, of the queries of `entries`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """o `[B, T, H, V]` and the log2 of every row's softmax sum `[B, T, H]`."""
     key = tile_key("part", sizes, blocks.size, q.dtype)
     tile = dict(tiles.choose(OP, key, part_tile(sizes, blocks.size), q.device))
     queries = sizes.queries(tile.pop("BM"))
-    pieces = cut(entries, queries)
-    n, _, S = choices.shape
-    part = q.new_empty(n * sizes.H * S, sizes.V)
-    lse = q.new_empty(n * sizes.H * S, dtype=torch.float32)
-    _part_kernel[(pieces.count,)](
-        q, k, v, entries.order, entries.offsets, pieces.bucket, pieces.begin, blocks.starts, blocks.ends, part, lse,
-        entries.first, S, blocks.count, sizes.scale * LOG2E, **sizes.constants(), BQ=queries, PRECISION=precision(q), **tile,
-    )  # fmt: skip
-    return part, lse
-
-
-def join(choices: Tensor, part: Tensor, part_lse: Tensor, out: tuple[Tensor, Tensor], first: int, sizes: Sizes) -> None:
-    """Write o and lse of the queries first .. first + n."""
-    n, _, S = choices.shape
-    rows, BV = n * sizes.H, max(16, power_of_2(sizes.V))
+    pieces, S = cut(entries, queries), entries.choices.shape[2]
+    o, lse = q.new_empty(*q.shape[:3], sizes.V), q.new_empty(q.shape[:3], dtype=torch.float32)
+    parts = min(entries.band, blocks.tokens) * sizes.H * S
+    part, part_lse = q.new_empty(parts, sizes.V), lse.new_empty(parts)
+    options, scale = {**sizes.constants(), "BQ": queries, "PRECISION": precision(q), **tile}, sizes.scale * LOG2E
+    BV = max(16, power_of_2(sizes.V))
     BR = max(1, 2048 // BV)
-    _join_kernel[(cdiv(rows, BR),)](
-        choices, part, part_lse, *out, rows, first * sizes.H, S, V=sizes.V, GR=sizes.rows, BV=BV, BR=BR, num_warps=4
-    )
+    for band, (first, last) in enumerate(entries.queries()):
+        _part_kernel[(pieces.count,)](
+            q, k, v, entries.order, pieces.table[band], blocks.starts, blocks.ends, part, part_lse, first, S, blocks.count,
+            scale, **options,
+        )  # fmt: skip
+        rows = (last - first) * sizes.H
+        _join_kernel[(cdiv(rows, BR),)](
+            entries.choices[first], part, part_lse, o, lse, rows, first * sizes.H, S, V=sizes.V, GR=sizes.rows, BV=BV,
+            BR=BR, num_warps=4,
+        )  # fmt: skip
+    return o, lse
 
 
 def tile_key(name: str, sizes: Sizes, block_size: int, dtype: torch.dtype) -> str:
@@ -118,8 +116,8 @@ def part_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
     """A tile that compiles on every GPU of interest."""
     wide = max(sizes.K, sizes.V) > 128
     return {
-        "BM": max(power_of_2(sizes.rows), 64 if wide else 128),
+        "BM": max(16, power_of_2(sizes.rows), 64),
         "BN": max(16, min(32 if wide else 64, power_of_2(block_size))),
-        "num_warps": 8,
+        "num_warps": 8 if wide else 4,
         "num_stages": 2,
     }

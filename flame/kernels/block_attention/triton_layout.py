@@ -8,10 +8,12 @@ head and block. Nothing here waits for the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from flame.kernels.direct import unobserved
 from flame.kernels.layout import cdiv
 
 
@@ -37,7 +39,21 @@ class Blocks:
 
 def make_blocks(x: Tensor, size: int, cu_seqlens: Tensor | None, longest: int | None = None) -> Blocks:
     """Blocks of the rows of x `[B, T, ...]`, or of the documents packed in its one row, none longer than `longest`."""
-    batch, length, device = int(x.shape[0]), int(x.shape[1]), x.device
+    batch, length = int(x.shape[0]), int(x.shape[1])
+    if cu_seqlens is None and unobserved(x) and not torch.is_inference_mode_enabled():
+        return _cached_blocks(batch, length, size, x.device)
+    return _make_blocks(batch, length, size, x.device, cu_seqlens, longest)
+
+
+@lru_cache(maxsize=8)
+def _cached_blocks(batch: int, length: int, size: int, device: torch.device) -> Blocks:
+    """Rows without documents: every layer asks for the same tables."""
+    return _make_blocks(batch, length, size, device, None, None)
+
+
+def _make_blocks(
+    batch: int, length: int, size: int, device: torch.device, cu_seqlens: Tensor | None, longest: int | None
+) -> Blocks:
     tokens, columns = batch * length, cdiv(length, size)
     if cu_seqlens is None:
         bounds, documents = torch.arange(batch + 1, device=device) * length, batch
@@ -65,71 +81,74 @@ def make_blocks(x: Tensor, size: int, cu_seqlens: Tensor | None, longest: int | 
 
 @dataclass(frozen=True)
 class Entries:
-    """The choices of the queries first .. first + n, sorted by bucket.
+    """The choices of all queries, sorted by band of queries, then by bucket, then by query.
 
-    order: `[n * Hs * S]` int32, numbers of the entries, ((query - first) * Hs + head) * S + slot, bucket after bucket,
-    by query within one; those that chose nothing come last. offsets: `[buckets + 1]` int32 into it.
+    choices: `[tokens, Hs, S]` int32, blocks numbered through all documents, -1 for none. order: `[tokens * Hs * S]` int32,
+    places in `choices`; those that chose nothing come last. offsets: `[bands * buckets + 1]` int32 into it.
     """
 
+    choices: Tensor
     order: Tensor
     offsets: Tensor
-    first: int
+    band: int
+    bands: int
     buckets: int
 
+    def queries(self) -> list[tuple[int, int]]:
+        """First query of each band, and its end."""
+        tokens = self.choices.shape[0]
+        return [(first, min(first + self.band, tokens)) for first in range(0, tokens, self.band)]
 
-def valid_choices(indices: Tensor, blocks: Blocks, first: int) -> Tensor:
-    """Numbers through all documents of the blocks in indices `[n, Hs, S]`; -1 for none and for blocks of the future."""
-    mine = slice(first, first + indices.shape[0])
-    token = torch.arange(first, first + indices.shape[0], device=indices.device, dtype=torch.int32)
-    own = (token - blocks.origin[mine]) // blocks.size
+
+def sort_entries(indices: Tensor, blocks: Blocks, kv_heads: int, band: int) -> Entries:
+    """Entries of indices `[tokens, Hs, S]`, numbered in each document; blocks of the future are no choices."""
+    tokens, heads, _ = indices.shape
+    bands, buckets = cdiv(tokens, band), kv_heads * blocks.count
+    token = torch.arange(tokens, device=indices.device, dtype=torch.int32)
+    own = (token - blocks.origin) // blocks.size
     seen = (indices >= 0) & (indices <= own[:, None, None])
-    return torch.where(seen, indices + blocks.base[mine, None, None], -1).int()
-
-
-def sort_entries(choices: Tensor, blocks: Blocks, kv_heads: int, first: int) -> Entries:
-    """Entries of `valid_choices`, `[n, Hs, S]`."""
-    heads, buckets = choices.shape[1], kv_heads * blocks.count
-    head = torch.arange(heads, device=choices.device, dtype=torch.int32) // (heads // kv_heads)
-    bucket = torch.where(choices >= 0, choices + head[:, None] * blocks.count, buckets)
-    bucket, order = bucket.flatten().sort(stable=True)
-    numbers = torch.arange(buckets + 1, device=choices.device, dtype=torch.int32)
-    return Entries(order.int(), torch.searchsorted(bucket, numbers, out_int32=True), first, buckets)
+    choices = torch.where(seen, indices + blocks.base[:, None, None], -1).int()
+    head = torch.arange(heads, device=indices.device, dtype=torch.int32) // (heads // kv_heads)
+    place = (token // band * buckets)[:, None] + (head * blocks.count)[None, :]
+    bucket, order = torch.where(seen, choices + place[:, :, None], bands * buckets).int().flatten().sort(stable=True)
+    numbers = torch.arange(bands * buckets + 1, device=indices.device, dtype=torch.int32)
+    offsets = torch.searchsorted(bucket, numbers, out_int32=True)
+    return Entries(choices, order.int(), offsets, band, bands, buckets)
 
 
 @dataclass(frozen=True)
 class Pieces:
     """Buckets cut into pieces of at most `length` entries.
 
-    count: bound on their number. bucket, begin: `[count]` int32; a surplus piece begins at the end of all entries.
-    slot: `[count]` int32, place of a piece among those of buckets with several, -1 for the only piece of a bucket.
-    slots: `[buckets + 1]` int32, where the places of a bucket begin.
+    count: bound on their number in a band. most_slots: bound on the slots of a band. table: `[bands, count, 4]` int32, a piece's bucket, first entry in `order`, end
+    and slot; surplus pieces are empty. A slot is a place among the pieces of a band's buckets with several, -1 for the
+    only piece of a bucket. slots: `[bands, buckets + 1]` int32, where the places of a bucket begin.
     """
 
     count: int
-    length: int
-    bucket: Tensor
-    begin: Tensor
-    slot: Tensor
+    most_slots: int
+    table: Tensor
     slots: Tensor
-
-    @property
-    def most_slots(self) -> int:
-        """Bound on the places: a bucket with several pieces has at most twice as many as it fills."""
-        return max(1, 2 * self.count)
 
 
 def cut(entries: Entries, length: int) -> Pieces:
-    total = entries.order.numel()
+    total = entries.band * entries.choices[0].numel()
     bound = total // length + min(entries.buckets, total)
-    each = (entries.offsets.diff() + length - 1) // length
-    last = each.cumsum(0)
-    index = torch.arange(bound, device=each.device)
+    offsets = entries.offsets
+    sizes = offsets.diff().view(entries.bands, entries.buckets)
+    each = (sizes + length - 1) // length
+    last = each.cumsum(1)
+    index = torch.arange(bound, device=each.device).repeat(entries.bands, 1)
     bucket = torch.searchsorted(last, index, right=True)
     real = bucket < entries.buckets
     bucket = bucket.clamp(max=entries.buckets - 1)
-    rank = index - (last - each)[bucket]
-    begin = torch.where(real, entries.offsets[bucket] + rank * length, total)
-    several = torch.where(each > 1, each, 0)
-    slots = torch.nn.functional.pad(several.cumsum(0), (1, 0))
-    slot = torch.where(each[bucket] > 1, slots[bucket] + rank, -1)
-    return Pieces(bound, length, bucket.int(), begin.int(), slot.int(), slots.int())
+    pieces = each.gather(1, bucket)
+    rank = index - last.gather(1, bucket) + pieces
+    starts = offsets[:-1].view_as(sizes).gather(1, bucket)
+    begin = starts + rank * length
+    end = torch.where(real, torch.minimum(begin + length, starts + sizes.gather(1, bucket)), 0)
+    slots = torch.nn.functional.pad(torch.where(each > 1, each, 0).cumsum(1), (1, 0))
+    slot = torch.where(pieces > 1, slots.gather(1, bucket) + rank, -1)
+    table = torch.stack([bucket, torch.where(real, begin, 0), end, slot], -1)
+    # A bucket with several pieces fills all but its last, so it has at most twice as many as it fills.
+    return Pieces(bound, max(1, 2 * (total // length)), table.int(), slots.int())

@@ -9,23 +9,27 @@ from torch import Tensor
 
 from flame.kernels.block_attention import triton_backward, triton_forward
 from flame.kernels.block_attention.triton_common import Sizes
-from flame.kernels.block_attention.triton_layout import make_blocks, sort_entries, valid_choices
+from flame.kernels.block_attention.triton_layout import Blocks, Entries, make_blocks, sort_entries
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv
 
 SCRATCH = 1 << 29  # bytes that the parts of one band of queries may take
 
 
-def sizes_of(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> Sizes:
-    return Sizes(q.shape[2], k.shape[2], indices.shape[2], q.shape[3], v.shape[3], scale)
-
-
-def bands(tokens: int, q: Tensor, width: int, slots: int) -> list[range]:
-    """Queries a time, such that their parts `[n, H, S, width]` fit into SCRATCH; whole multiples of 256."""
+def band_of(tokens: int, q: Tensor, width: int, slots: int) -> int:
+    """Queries a time, such that their parts `[n, H, S, width]` fit into SCRATCH: a multiple of 256, or all."""
     each = q.shape[2] * slots * width * q.element_size()
-    size = max(256, SCRATCH // max(each, 1) // 256 * 256)
-    size = cdiv(cdiv(tokens, cdiv(tokens, size)), 256) * 256
-    return [range(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    most = max(256, SCRATCH // max(each, 1) // 256 * 256)
+    return max(1, min(tokens, cdiv(cdiv(tokens, cdiv(tokens, most)), 256) * 256))
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor | None, block_size: int, scale: float
+) -> tuple[Entries, Blocks, Sizes]:
+    sizes = Sizes(q.shape[2], k.shape[2], indices.shape[2], q.shape[3], v.shape[3], scale)
+    blocks = make_blocks(q, block_size, cu_seqlens)
+    band = band_of(blocks.tokens, q, max(sizes.K, sizes.V), indices.shape[3])
+    return sort_entries(indices.flatten(0, 1), blocks, sizes.Hk, band), blocks, sizes
 
 
 def forward(
@@ -33,16 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and the log2 of every row's softmax sum `[B, T, H]`."""
     q, k, v = (x.contiguous() for x in (q, k, v))
-    sizes = sizes_of(q, k, v, indices, scale)
-    blocks = make_blocks(q, block_size, cu_seqlens)
-    o, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    indices = indices.flatten(0, 1)
-    for band in bands(blocks.tokens, q, sizes.V, indices.shape[2]):
-        choices = valid_choices(indices[band.start : band.stop], blocks, band.start)
-        entries = sort_entries(choices, blocks, sizes.Hk, band.start)
-        part, part_lse = triton_forward.attend(q, k, v, choices, entries, blocks, sizes)
-        triton_forward.join(choices, part, part_lse, (o, lse), band.start, sizes)
-    return o, lse
+    return triton_forward.attend(q, k, v, *plan(q, k, v, indices, cu_seqlens, block_size, scale))
 
 
 def backward(
@@ -59,18 +54,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     q, k, v, do = (x.contiguous() for x in (q, k, v, do.to(o.dtype)))
-    sizes = sizes_of(q, k, v, indices, scale)
-    blocks = make_blocks(q, block_size, cu_seqlens)
-    indices = indices.flatten(0, 1)
     tensors = (q, k, v, do, lse, triton_backward.row_sums(o, do))
-    parts = bands(blocks.tokens, q, sizes.K, indices.shape[2])
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=torch.float32 if len(parts) > 1 else x.dtype) for x in (k, v))
-    for band in parts:
-        choices = valid_choices(indices[band.start : band.stop], blocks, band.start)
-        entries = sort_entries(choices, blocks, sizes.Hk, band.start)
-        triton_backward.differentiate(tensors, choices, entries, blocks, sizes, (dq, dk, dv), band.start > 0)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return triton_backward.differentiate(tensors, *plan(q, k, v, indices, cu_seqlens, block_size, scale))
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v"
