@@ -120,9 +120,9 @@ def sort_entries(indices: Tensor, blocks: Blocks, kv_heads: int, band: int) -> E
 class Pieces:
     """Buckets cut into pieces of at most `length` entries.
 
-    count: bound on their number in a band. most_slots: bound on the slots of a band. table: `[bands, count, 4]` int32, a piece's bucket, first entry in `order`, end
-    and slot; surplus pieces are empty. A slot is a place among the pieces of a band's buckets with several, -1 for the
-    only piece of a bucket. slots: `[bands, buckets + 1]` int32, where the places of a bucket begin.
+    count, most_slots: bounds on the pieces and the slots of a band. table: `[bands, count, 4]` int32, a piece's bucket,
+    first entry in `order`, end and slot; surplus pieces are empty. A slot is a place among the pieces of a band's buckets
+    with several, -1 for the only piece of a bucket. slots: `[bands, buckets + 1]` int32, where a bucket's places begin.
     """
 
     count: int
