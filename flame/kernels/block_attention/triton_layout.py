@@ -61,7 +61,7 @@ def _make_blocks(
     else:
         columns = columns if longest is None else min(columns, cdiv(longest, size))
         bounds, documents = cu_seqlens.long(), cu_seqlens.numel() - 1
-        count = length // size + documents
+        count = length // size + (documents if size > 1 else 0)
     each = (bounds.diff() + size - 1) // size
     last = each.cumsum(0)
     index = torch.arange(count, device=device)

@@ -124,9 +124,11 @@ def choose_blocks(
 
 def packed_means(x: Tensor, blocks: Blocks) -> Tensor:
     """Means of x `[B, T, H, D]` over each block, `[blocks.count, H, D]` in x.dtype; incomplete blocks are zero."""
-    rows = x.flatten(0, 1)
+    rows, wide = x.flatten(0, 1), torch.promote_types(x.dtype, torch.float32)
+    if blocks.count * blocks.size == blocks.tokens:  # rows of whole blocks
+        return rows.unflatten(0, (blocks.count, blocks.size)).mean(1, dtype=wide).to(x.dtype)
     place = blocks.starts.long()[:, None] + torch.arange(blocks.size, device=x.device)
     complete = blocks.ends - blocks.starts == blocks.size
     gathered = rows.index_select(0, place.clamp(max=blocks.tokens - 1).flatten()).unflatten(0, place.shape)
-    means = gathered.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    means = gathered.mean(1, dtype=wide)
     return torch.where(complete[:, None, None], means, 0).to(x.dtype)
