@@ -67,10 +67,12 @@ def run(model, mesh):
     ]
     losses = []
     for ids, labels, cu_seqlens in batches:
-        loss = model(ids, labels=labels, cu_seqlens=cu_seqlens).loss_sum / mesh.data_size
+        loss = model(ids, labels=labels, cu_seqlens=cu_seqlens).loss_sum
         loss.backward()
-        losses.append(loss.item() * mesh.data_size)
-    gradients = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+        losses.append(loss.item())
+    # All data-parallel ranks read the same rows here, and gradients are summed over them.
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    gradients = {name: parameter.grad.full_tensor() / mesh.data_size for name, parameter in parameters}
     with torch.no_grad():
         logits = model(batches[0][0]).logits
     return losses, gradients, logits
