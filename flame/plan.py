@@ -20,7 +20,9 @@ from flame.config import JobConfig, Layout, check_parallelism, load_job, model_v
 from flame.errors import ConfigError
 from flame.models.context import Context, make_context
 from flame.models.decoder import CausalLM, build_model
+from flame.models.sharding import stored_dimension
 from flame.optim.groups import ParameterGroup, describe_groups, parameter_groups, split_matrices
+from flame.parallel.tensor import layer_plans, parameter_uses
 
 FP32, BF16 = 4, 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -101,6 +103,7 @@ def make_plan(job: JobConfig, world_size: int) -> Plan:
     layout = check_parallelism(job, world_size)
     with torch.device("meta"):
         model = build_model(planned_model(job))
+    layer_plans(model, layout.tp)  # refuses what cannot be split so many ways
     tokens_per_step = layout.global_batch * job.training.seq_len
     document = job.training.context_len if job.training.varlen else None
     return Plan(
@@ -156,25 +159,38 @@ def optimizer_groups(model: CausalLM, job: JobConfig) -> list[ParameterGroup]:
     return [*matrices, *rest]
 
 
-def shard_numel(parameter: Tensor, ranks: int) -> int:
+def shard_numel(shape: tuple[int, ...], ranks: int) -> int:
     """Elements that FSDP2 allocates a rank: rows are dealt out like torch.chunk, and every rank pads to the longest."""
-    if parameter.ndim == 0:
+    if not shape:
         return 1
-    return math.ceil(parameter.shape[0] / ranks) * (parameter.numel() // max(parameter.shape[0], 1))
+    return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
+
+
+def split_shapes(model: CausalLM, ranks: int) -> dict[int, tuple[int, ...]]:
+    """What a tensor-parallel rank holds of every parameter, by the parameter's id."""
+    uses = parameter_uses(layer_plans(model, ranks)) if ranks > 1 else {}
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        shape, dim = list(parameter.shape), stored_dimension(uses.get(name), ranks)
+        if dim is not None:
+            shape[dim] //= ranks
+        shapes[id(parameter)] = tuple(shape)
+    return shapes
 
 
 def estimate_memory(model: CausalLM, job: JobConfig, layout: Layout) -> Memory:
     """Memory of one rank.
 
-    Sharded quantities are exact. Tensor parallelism is taken to split every matrix of the blocks, the embedding and the
-    head evenly, and pipeline parallelism to give every stage as many blocks, the last one the head too.
+    Sharded quantities are exact. Pipeline parallelism is taken to give every stage as many blocks, the last one the head
+    too.
     """
-    stage = stage_parameters(model, layout)
-    sharded = math.ceil(sum(shard_numel(item, layout.dp_shard) for item in stage) / layout.tp)
+    stage, shapes = stage_parameters(model, layout), split_shapes(model, layout.tp)
+    shard = {id(item): shard_numel(shapes[id(item)], layout.dp_shard * layout.cp) for item in stage}
+    sharded = sum(shard.values())
     muon = split_matrices(parameter_groups(model, 0.0), [f"{model.backbone_name}.layers."])[0]
     matrices = {id(item) for group in muon for item in group.parameters.values()}
     once = [item for item in stage if job.optimizer.name == "Muon" and id(item) in matrices]
-    moments = 2 * sharded - math.ceil(sum(shard_numel(item, layout.dp_shard) for item in once) / layout.tp)
+    moments = 2 * sharded - sum(shard[id(item)] for item in once)
     kept = FP32 * (2 * sharded + moments)
     return Memory(
         weights=FP32 * sharded,
@@ -211,14 +227,19 @@ def gathered_bytes(model: CausalLM, job: JobConfig, layout: Layout) -> int:
     """
     training, section = job.training, job.parallelism
     compute, reduce = BYTES[training.mixed_precision_param], BYTES[training.mixed_precision_reduce]
-    blocks = [numel(block.parameters()) for block in stage_blocks(model, layout)]
-    stage = numel(stage_parameters(model, layout))
+    shapes = split_shapes(model, layout.tp)
+
+    def held(parameters: Iterable[Tensor]) -> int:
+        return sum(math.prod(shapes[id(parameter)]) for parameter in parameters)
+
+    blocks = [held(block.parameters()) for block in stage_blocks(model, layout)]
+    stage = held(stage_parameters(model, layout))
     root, largest = stage - sum(blocks), max(blocks)
     alive = sum(blocks) if section.fsdp_reshard_after_forward == "never" else min(2 * largest, sum(blocks))
     unreduced = (compute + reduce) * max(largest, root)
     if layout.accumulation > 1 and not section.reduce_each_microbatch:
         unreduced = reduce * stage + compute * largest
-    return math.ceil((compute * (root + alive) + unreduced) / layout.tp)
+    return compute * (root + alive) + unreduced
 
 
 @dataclass(frozen=True)
@@ -291,8 +312,9 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 def activation_bytes(model: CausalLM, job: JobConfig, layout: Layout) -> int:
     """Activations of a micro-batch: of all blocks, plus those of one block while it is computed again.
 
-    Token dimensions are split over context parallel ranks, widths over tensor parallel ones. A pipeline stage holds the
-    micro-batches of up to `pp` stages at a time (1F1B).
+    Token dimensions are split over context parallel ranks. Tensor parallel ranks split the stream by tokens and layers by
+    widths, but each keeps all the tokens that its layers read: the gathered inputs of the mixer and of the MLP. A
+    pipeline stage holds the micro-batches of up to `pp` stages at a time (1F1B).
     """
     training, section = job.training, job.activation_checkpoint
     tokens = training.local_batch_size * training.seq_len / layout.cp
@@ -309,7 +331,8 @@ def activation_bytes(model: CausalLM, job: JobConfig, layout: Layout) -> int:
             total += count.kept
     again = 0.0 if section.mode == "none" else max(count.kept - count.stream for count in counts)
     hidden = 2 * model.config.hidden_size * BYTES[training.mixed_precision_param]  # before and after the final norm
-    return math.ceil(tokens * (total + again + hidden) / layout.tp)
+    gathered = 0.0 if section.mode == "full" else hidden * len(counts) * (1 - 1 / layout.tp)
+    return math.ceil(tokens * ((total + again + hidden) / layout.tp + gathered))
 
 
 def count_blocks(model: CausalLM, job: JobConfig, layout: Layout) -> list[BlockActivations]:
@@ -413,9 +436,9 @@ def memory_rows(memory: Memory) -> list[tuple[str, str]]:
 
 
 def layout_notes(layout: Layout) -> list[str]:
-    if layout.tp * layout.pp == 1:
+    if layout.pp == 1:
         return []
-    return ["  Tensor and pipeline parallelism are taken to split weights and activations evenly."]
+    return ["  Pipeline parallelism is taken to split blocks evenly."]
 
 
 def table(rows: list[tuple[str, str]]) -> list[str]:

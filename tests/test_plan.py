@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flame import cli
@@ -63,17 +62,23 @@ def test_a_shared_head_is_counted_once():
     assert tied.head == 0 and apart.total - tied.total == 64 * 100
 
 
-@pytest.mark.parametrize("world", [3, 8, 512])
-def test_sharded_memory_is_what_fsdp2_allocates(world):
+@pytest.mark.parametrize("world, tp", [(3, 1), (8, 1), (512, 1), (6, 2)])
+def test_sharded_memory_is_what_fsdp2_allocates(world, tp):
     from flame.parallel.fsdp import ShardingOptions, apply_fsdp
+    from flame.parallel.mesh import Degrees, build_mesh
+    from flame.parallel.tensor import apply_tensor_parallel
 
-    job = load_job(None, [*TINY, "--training.virtual_shards=1536"])
+    tensor = f"--parallelism.tensor_parallel_degree={tp}"
+    job = load_job(None, [*TINY, "--training.virtual_shards=1536", "--model.vocab_size=68", tensor])
     plan = make_plan(job, world)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         with torch.device("meta"):
             model = build_model(plan.model)
-        apply_fsdp(model, list(model.blocks), init_device_mesh("cpu", (world,)), ShardingOptions())
+        mesh = build_mesh(Degrees(dp_shard=world // tp, tp=tp), "cpu", world)
+        if tp > 1:
+            apply_tensor_parallel(model, mesh.axis("tp"))
+        apply_fsdp(model, list(model.blocks), mesh.fsdp, ShardingOptions())
         padded = sum(math.prod(parameter._local_tensor.shape) for parameter in model.parameters())
     finally:
         dist.destroy_process_group()
@@ -84,7 +89,7 @@ def test_sharded_memory_is_what_fsdp2_allocates(world):
 def test_rows_are_dealt_out_like_chunks():
     for rows, ranks in [(7, 3), (8, 4), (3, 8), (1, 2)]:
         parameter = torch.empty(rows, 5, device="meta")
-        assert shard_numel(parameter, ranks) == torch.chunk(parameter, ranks)[0].numel()
+        assert shard_numel(parameter.shape, ranks) == torch.chunk(parameter, ranks)[0].numel()
 
 
 @pytest.mark.parametrize("model_type, options", [("gla", {}), ("retnet", {}), ("linear_attn", {}), ("lightnet", {})])

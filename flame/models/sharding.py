@@ -267,21 +267,26 @@ def deal_rows(split: Split, ranks: int, rank: int) -> Rows:
     return Rows(sent, sends, receives)
 
 
+def stored_dimension(use: Use | None, ranks: int) -> int | None:
+    """The dimension that a parameter of this use is cut along in memory, in equal chunks; None if ranks hold all of it."""
+    if isinstance(use, Columns):
+        return 1
+    return 0 if isinstance(use, Split) and use.rows % ranks == 0 else None
+
+
 class Reader:
     """Turns a stored parameter (a DTensor over the ranks) into the plain tensor that this rank computes with."""
 
     def __init__(self, use: Use | None, ranks: TensorParallel) -> None:
         self.ranks, self.divided = ranks, isinstance(use, Addend)
-        self.placement: Placement = Replicate()
+        dim = stored_dimension(use, ranks.size)
+        self.placement: Placement = Replicate() if dim is None else Shard(dim)
         self.rows: Rows | None = None
         self.ranges: list[tuple[int, int]] | None = None
-        if isinstance(use, Columns):
-            self.placement = Shard(1)
-        elif isinstance(use, Split) and use.rows % ranks.size == 0:
-            self.placement = Shard(0)
-            self.rows = None if use.is_contiguous(ranks.size) else deal_rows(use, ranks.size, ranks.rank)
-        elif isinstance(use, Split):
+        if isinstance(use, Split) and dim is None:
             self.ranges = use.wanted(ranks.size, ranks.rank)
+        elif isinstance(use, Split) and not use.is_contiguous(ranks.size):
+            self.rows = deal_rows(use, ranks.size, ranks.rank)
 
     def __call__(self, parameter: Tensor) -> Tensor:
         """Outside a forward, where the parameter is sharded over data-parallel ranks too, it stays as it is."""

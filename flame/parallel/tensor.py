@@ -23,18 +23,31 @@ def apply_tensor_parallel(model: CausalLM, mesh: DeviceMesh) -> None:
         ConfigError: heads, widths or vocabulary cannot be dealt to so many ranks.
     """
     ranks = TensorParallel(mesh.get_group(), mesh.get_local_rank(), mesh.size())
-    uses: dict[str, Use] = {}
-    plans: list[tuple[Any, Plan | None]] = []
-    for prefix, module in model.named_modules():
-        if hasattr(module, "tensor_parallel_plan"):
-            plan: Plan | None = module.tensor_parallel_plan(ranks.size)
-            plans.append((module, plan))
-            uses |= {f"{prefix}.{name}".lstrip("."): use for name, use in (plan.parameters if plan else {}).items()}
+    plans = layer_plans(model, ranks.size)
+    uses = parameter_uses(plans)
     distribute_parameters(model, mesh, uses, ranks)
-    for module, plan in plans:
+    for _, module, plan in plans:
         for name in plan.spanning if plan else ():
             module.get_submodule(name).spanned = ranks
         module.split(ranks, plan)
+
+
+def layer_plans(model: CausalLM, ranks: int) -> list[tuple[str, Any, Plan | None]]:
+    """(name, module, plan) of every module that has one, for so many ranks.
+
+    Raises:
+        ConfigError: heads, widths or vocabulary cannot be dealt to so many ranks.
+    """
+    layers: list[tuple[str, Any]] = [each for each in model.named_modules() if hasattr(each[1], "tensor_parallel_plan")]
+    return [(name, layer, layer.tensor_parallel_plan(ranks)) for name, layer in layers]
+
+
+def parameter_uses(plans: list[tuple[str, Any, Plan | None]]) -> dict[str, Use]:
+    """What plans say about parameters, by full name; an inner module's plan goes before that of one around it."""
+    found: dict[str, Use] = {}
+    for prefix, _, plan in plans:
+        found |= {f"{prefix}.{name}".lstrip("."): use for name, use in (plan.parameters if plan else {}).items()}
+    return found
 
 
 def distribute_parameters(model: nn.Module, mesh: DeviceMesh, uses: dict[str, Use], ranks: TensorParallel) -> None:

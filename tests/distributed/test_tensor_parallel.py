@@ -12,6 +12,7 @@ from flame.models.decoder import build_model
 from flame.models.initialize import initialize_weights, local_slice
 from flame.models.mixers.base import Mixer
 from flame.models.registry import systems
+from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp
 from flame.parallel.mesh import Degrees, build_mesh
 from flame.parallel.tensor import apply_tensor_parallel
@@ -66,10 +67,12 @@ def run(model, mesh):
     ]
     losses = []
     for ids, labels, cu_seqlens in batches:
-        loss = model(ids, labels=labels, cu_seqlens=cu_seqlens).loss_sum / mesh.data_size
+        loss = model(ids, labels=labels, cu_seqlens=cu_seqlens).loss_sum
         loss.backward()
-        losses.append(loss.item() * mesh.data_size)
-    gradients = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters() if p.grad is not None}
+        losses.append(loss.item())
+    # All data-parallel ranks read the same rows here, and gradients are summed over them.
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.grad is not None]
+    gradients = {name: parameter.grad.full_tensor() / mesh.data_size for name, parameter in parameters}
     with torch.no_grad():
         logits = model(batches[0][0]).logits
     return losses, gradients, logits
@@ -129,46 +132,98 @@ def assert_same(found, expected):
         assert error < 1e-4, f"{name}: {error:.2e} of its largest entry {scale:.2e}"
 
 
-@pytest.fixture(scope="module")
-def one_rank():
-    return run_ranks(losses_and_gradients, 1, ALL, Degrees(), 1)[0]
+FEW = ["gla", "mamba2", "tied_and_padded"]  # with data-parallel ranks beside
+PICKED = [*JOBS, "tied_and_padded", "one_kv_head", "mamba2_groups", "gdn_value_heads", "deltaproduct_two_steps"]
+REST = sorted({*ALL} - {*PICKED})
+GRIDS = {"sharded": Degrees(dp_shard=2, tp=2), "replicated": Degrees(dp_replicate=2, tp=2)}
+
+
+ALONE = Degrees()
+
+
+class Results:
+    """Results by names and layout, computed once."""
+
+    def __init__(self):
+        self.known = {}
+
+    def __call__(self, names, degrees=ALONE, world_size=1):
+        key = (*names, degrees)
+        if key not in self.known:
+            jobs = {name: ALL[name] for name in names}
+            self.known[key] = run_ranks(losses_and_gradients, world_size, jobs, degrees, world_size)
+        return self.known[key]
 
 
 @pytest.fixture(scope="module")
-def split_in_two():
-    return run_ranks(losses_and_gradients, 2, ALL, Degrees(tp=2), 2)
+def results():
+    return Results()
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_two_ranks_equal_one_process(name, split_in_two, one_rank):
-    for found in split_in_two:
-        assert_same(found[name], one_rank[name])
+def compare(name, names, degrees, world_size, results):
+    (expected,) = results(names)
+    for found in results(names, degrees, world_size):
+        assert_same(found[name], expected[name])
 
 
-@pytest.fixture(scope="module")
-def sharded_and_split():
-    return run_ranks(losses_and_gradients, 4, ALL, Degrees(dp_shard=2, tp=2), 4)
-
-
-FEW = ["gla", "mamba2", "tied_and_padded"]
-
-
-@pytest.fixture(scope="module")
-def few_sharded_and_split():
-    return run_ranks(losses_and_gradients, 4, {name: ALL[name] for name in FEW}, Degrees(dp_shard=2, tp=2), 4)
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_with_sharded_parameters_equals_one_process(name, few_sharded_and_split, one_rank):
-    for found in few_sharded_and_split:
-        assert_same(found[name], one_rank[name])
+@pytest.mark.parametrize("name", PICKED)
+def test_two_ranks_equal_one_process(name, results):
+    compare(name, PICKED, Degrees(tp=2), 2, results)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*ALL} - {*FEW}))
-def test_every_system_with_sharded_parameters_equals_one_process(name, sharded_and_split, one_rank):
-    for found in sharded_and_split:
-        assert_same(found[name], one_rank[name])
+@pytest.mark.parametrize("name", REST)
+def test_two_ranks_equal_one_process_in_other_configurations(name, results):
+    compare(name, REST, Degrees(tp=2), 2, results)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_with_sharded_parameters_equals_one_process(name, results):
+    compare(name, FEW, GRIDS["sharded"], 4, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", ALL)
+def test_with_data_parallel_ranks_equals_one_process(grid, name, results):
+    compare(name, [*ALL], GRIDS[grid], 4, results)
+
+
+FOUR = {
+    name: ALL[name] for name in ("one_kv_head", "fox_normed", "gla_shared_kv", "comba_value_heads", "hgrn", "mamba")
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one_process(name, results):
+    compare(name, [*FOUR], Degrees(tp=4), 4, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "checkpointing", [("none", "op"), ("full", "op"), ("selective", "op")], ids=lambda pair: pair[0]
+)
+def test_compiled_whole_and_recomputed_equals_eager(checkpointing, results):
+    for found in run_ranks(compiled_losses_and_gradients, 2, ALL["gla"], checkpointing):
+        assert_same(found, results(["gla"])[0]["gla"])
+
+
+def compiled_losses_and_gradients(rank, values, checkpointing):
+    """Every block one graph, backwards too."""
+    with torch.device("meta"):
+        model = build_model(values)
+    mesh = build_mesh(Degrees(tp=2), "cpu", 2)
+    apply_tensor_parallel(model, mesh.axis("tp"))
+    blocks = list(model.blocks)
+    apply_activation_checkpointing(blocks, *checkpointing)
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    apply_fsdp(model, blocks, mesh.fsdp, ShardingOptions(param_dtype=torch.float32))
+    model.to_empty(device="cpu")
+    initialize_weights(model, seed=1)
+    stir(model)
+    return run(model, mesh)
 
 
 def split_share(rank, jobs):

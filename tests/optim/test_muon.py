@@ -50,4 +50,3 @@ def test_matrices_of_blocks_are_split_from_the_rest():
     matrices, rest = split_matrices(parameter_groups(net, 0.1), ["layers."])
     assert [list(group.parameters) for group in matrices] == [["layers.0.weight"]]
     assert sorted(name for group in rest for name in group.parameters) == ["embeddings.weight", "layers.0.bias"]
-
