@@ -192,7 +192,7 @@ class Pipeline(nn.Module):
         last = self.own[-1]
         if not (self.config.tie_word_embeddings and last.stage.is_last):
             return {}
-        return {f"{self.backbone_name}.embeddings.weight": last.decoder.embeddings.weight}
+        return {f"{self.backbone_name}.embeddings.weight": stored_embedding(last)}
 
     def sum_tied_gradients(self) -> None:
         """Give both copies of a tied embedding the sum of their gradients; they then stay equal."""
@@ -201,7 +201,7 @@ class Pipeline(nn.Module):
             return
         for part in self.own:
             if part.stage.is_first or part.stage.is_last:
-                gradient = local(part.decoder.embeddings.weight.grad)
+                gradient = local(stored_embedding(part).grad)
                 other, peer = torch.empty_like(gradient), self.global_rank(last - part.stage.index)
                 operations = [(dist.isend, gradient), (dist.irecv, other)]
                 exchange = [dist.P2POp(operation, tensor, peer, self.group) for operation, tensor in operations]
@@ -243,6 +243,11 @@ class Pipeline(nn.Module):
                     full = torch.empty(shape, dtype=dtype, device=self.device)
                     dist.recv(full, dist.get_global_rank(self.group, owner), group=self.group)
                     yield name, full
+
+
+def stored_embedding(part: StageModel) -> Any:
+    """The parameter itself; tensor-parallel modules hand out their rank's part of it under its name."""
+    return part.decoder.embeddings._parameters["weight"]
 
 
 def boundaries_of_job(config: ModelConfig, job: JobConfig, mesh: Mesh, starts: list[int]) -> list[Boundary]:
