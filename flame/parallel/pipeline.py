@@ -27,7 +27,8 @@ from flame.parallel.fsdp import parse_dtype
 from flame.parallel.mesh import Mesh
 from flame.parallel.parallelize import materialize, parallelize
 from flame.parallel.pipeline_split import Stage, schedule_kind, stages_of_job
-from flame.parallel.pipeline_stage import StageModel, Work, find_boundaries
+from flame.parallel.pipeline_stage import Boundary, StageModel, Work, find_boundaries
+from flame.parallel.tensor import apply_tensor_parallel
 
 if TYPE_CHECKING:
     from flame.step import MicroBatch
@@ -191,7 +192,7 @@ class Pipeline(nn.Module):
         last = self.own[-1]
         if not (self.config.tie_word_embeddings and last.stage.is_last):
             return {}
-        return {f"{self.backbone_name}.embeddings.weight": last.decoder.embeddings.weight}
+        return {f"{self.backbone_name}.embeddings.weight": stored_embedding(last)}
 
     def sum_tied_gradients(self) -> None:
         """Give both copies of a tied embedding the sum of their gradients; they then stay equal."""
@@ -200,7 +201,7 @@ class Pipeline(nn.Module):
             return
         for part in self.own:
             if part.stage.is_first or part.stage.is_last:
-                gradient = local(part.decoder.embeddings.weight.grad)
+                gradient = local(stored_embedding(part).grad)
                 other, peer = torch.empty_like(gradient), self.global_rank(last - part.stage.index)
                 operations = [(dist.isend, gradient), (dist.irecv, other)]
                 exchange = [dist.P2POp(operation, tensor, peer, self.group) for operation, tensor in operations]
@@ -244,6 +245,21 @@ class Pipeline(nn.Module):
                     yield name, full
 
 
+def stored_embedding(part: StageModel) -> Any:
+    """The parameter itself; tensor-parallel modules hand out their rank's part of it under its name."""
+    return part.decoder.embeddings._parameters["weight"]
+
+
+def boundaries_of_job(config: ModelConfig, job: JobConfig, mesh: Mesh, starts: list[int]) -> list[Boundary]:
+    """What travels into the layers `starts`, on a tensor-parallel rank where the job has such."""
+    with torch.device("meta"):
+        model = build_model(config)
+    model.to(parse_dtype(job.training.mixed_precision_param, "training.mixed_precision_param"))
+    if mesh.degrees.tp > 1:
+        apply_tensor_parallel(model, mesh.axis("tp"))
+    return find_boundaries(model, starts, 64 * mesh.degrees.tp)
+
+
 def build_pipeline(config: ModelConfig, job: JobConfig, mesh: Mesh, device: torch.device) -> Pipeline:
     """This rank's stages of the model, laid out over the mesh, with their initial weights.
 
@@ -255,8 +271,7 @@ def build_pipeline(config: ModelConfig, job: JobConfig, mesh: Mesh, device: torc
         whole = build_model(config)
     count = global_batch_size(job, mesh.data_size) // (microbatch_rows(job) * mesh.data_size)
     stages = stages_of_job(whole, job, mesh.degrees.pp, count)
-    dtype = parse_dtype(job.training.mixed_precision_param, "training.mixed_precision_param")
-    boundaries = [(), *find_boundaries(config, dtype, [stage.first for stage in stages[1:]]), ()]
+    boundaries = [(), *boundaries_of_job(config, job, mesh, [stage.first for stage in stages[1:]]), ()]
     parts = []
     for stage in stages:
         if stage.rank == mesh.rank("pp"):

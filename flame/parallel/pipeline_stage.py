@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -11,10 +13,8 @@ from torch import Tensor
 
 from flame.models.config import ModelConfig
 from flame.models.context import Cache, make_context
-from flame.models.decoder import CausalLM, build_model
+from flame.models.decoder import CausalLM
 from flame.parallel.pipeline_split import Stage
-
-PROBE_ROWS, PROBE_TOKENS = 2, 64
 
 
 @dataclass(frozen=True)
@@ -23,35 +23,45 @@ class Traveller:
 
     Attributes:
         name: its key in `ctx.carried`; empty for the residual stream.
-        sizes: (size, grows with rows, grows with tokens) of each dimension, at one row of one token.
+        sizes: (size for one row of one token, grows with rows, grows with tokens) of each dimension. Tensor-parallel
+            ranks have a fraction of the tokens of the stream.
     """
 
     name: str
-    sizes: tuple[tuple[int, bool, bool], ...]
+    sizes: tuple[tuple[Fraction, bool, bool], ...]
     dtype: torch.dtype
+
+    def shape(self, rows: int, tokens: int) -> list[int]:
+        """For a micro-batch of `rows` x `tokens`."""
+        grown = (size * (rows if by_row else 1) * (tokens if by_token else 1) for size, by_row, by_token in self.sizes)
+        return [math.ceil(size) for size in grown]
 
     def empty(self, rows: int, tokens: int, device: torch.device | str) -> Tensor:
         """Room for the tensor of a micro-batch of `rows` x `tokens`."""
-        shape = [size * (rows if by_row else 1) * (tokens if by_token else 1) for size, by_row, by_token in self.sizes]
-        return torch.empty(shape, dtype=self.dtype, device=device)
+        return torch.empty(self.shape(rows, tokens), dtype=self.dtype, device=device)
 
 
 Boundary = tuple[Traveller, ...]
 
 
 @torch.no_grad()
-def find_boundaries(config: ModelConfig, dtype: torch.dtype, starts: Sequence[int]) -> list[Boundary]:
+def find_boundaries(model: CausalLM, starts: Sequence[int], tokens: int = 64) -> list[Boundary]:
     """What travels into the layers `starts`, from forwards of three shapes on the meta device.
 
     Args:
-        dtype: of the weights during the computation.
+        model: the whole model, on the meta device, in the dtype of the computation; split if it is tensor parallel.
+        tokens: length of the forwards, a multiple of the tensor-parallel ranks.
     """
-    with torch.device("meta"):
-        model = build_model(config).to(dtype)
-    base = streams(model, PROBE_ROWS, PROBE_TOKENS)
-    taller, longer = streams(model, 2 * PROBE_ROWS, PROBE_TOKENS), streams(model, PROBE_ROWS, 2 * PROBE_TOKENS)
+    rows = 2
+    base, taller, longer = (
+        streams(model, *shape) for shape in ((rows, tokens), (2 * rows, tokens), (rows, 2 * tokens))
+    )
     return [
-        tuple(traveller(name, base[at][name], taller[at][name], longer[at][name]) for name in base[at]) for at in starts
+        tuple(
+            Traveller(name, growth(base[at][name], taller[at][name], longer[at][name], rows, tokens), tensor.dtype)
+            for name, tensor in base[at].items()
+        )
+        for at in starts
     ]
 
 
@@ -67,13 +77,16 @@ def streams(model: CausalLM, rows: int, tokens: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def traveller(name: str, base: Tensor, taller: Tensor, longer: Tensor) -> Traveller:
+def growth(
+    base: Tensor, taller: Tensor, longer: Tensor, rows: int, tokens: int
+) -> tuple[tuple[Fraction, bool, bool], ...]:
+    """Sizes for one row of one token, from a tensor's shape at rows x tokens, at twice the rows and at twice the tokens."""
     sizes = []
     for size, with_rows, with_tokens in zip(base.shape, taller.shape, longer.shape):
         by_row, by_token = with_rows != size, with_tokens != size
-        unit = size // ((PROBE_ROWS if by_row else 1) * (PROBE_TOKENS if by_token else 1))
+        unit = Fraction(size, (rows if by_row else 1) * (tokens if by_token else 1))
         sizes.append((unit, by_row, by_token))
-    return Traveller(name, tuple(sizes), base.dtype)
+    return tuple(sizes)
 
 
 class Together(torch.autograd.Function):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from flame.models.decoder import build_model
-from flame.models.registry import resolve_config
 from flame.parallel.pipeline_split import balanced_cuts, layer_costs, schedule_kind, split_stages, stage_rank
 from flame.parallel.pipeline_stage import StageModel, find_boundaries
 
@@ -67,8 +66,7 @@ def test_stages_together_have_every_parameter_once():
 
 
 def test_boundaries_grow_with_rows_and_tokens_as_the_tensors_do():
-    config = resolve_config({**CONFIG, "attnres_block_size": 2})
-    early, late = find_boundaries(config, torch.bfloat16, [1, 4])
+    early, late = find_boundaries(meta(attnres_block_size=2).to(torch.bfloat16), [1, 4])
     assert [entry.name for entry in late] == ["", "sources"]
     assert late[0].empty(3, 40, "meta").shape == (3, 40, 32)
     assert late[0].dtype == torch.bfloat16
