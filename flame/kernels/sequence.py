@@ -10,7 +10,7 @@ All exchanges are differentiable and are called by all ranks of the group in the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class SequenceShard:
     before: Tensor
     streams: int = 1
     exchange: str | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceShard:
+        """The same shard with its tensor on `device`."""
+        return replace(self, before=self.before.to(device, non_blocking=non_blocking))
 
     @property
     def continues(self) -> Tensor:

@@ -11,12 +11,17 @@ from flame.models.decoder import CausalLM, build_model
 from flame.models.initialize import initialize_weights
 from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.compile import compile_blocks
+from flame.parallel.context import check_context_parallel
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp, parse_dtype
 from flame.parallel.mesh import CONFIG_KEYS, Degrees, Mesh
 from flame.parallel.pipeline_split import schedule_kind
 from flame.parallel.tensor import apply_tensor_parallel
 
+<<<<<<< HEAD
 NOT_YET = ("cp",)  # axes that the mesh has and training cannot use yet
+=======
+NOT_YET = ("pp",)  # axes that the mesh has and training cannot use yet
+>>>>>>> 64570f7 (wip)
 
 
 def degrees_of(job: JobConfig) -> Degrees:
@@ -69,6 +74,7 @@ def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.devic
     Raises:
         ConfigError: the model cannot be split as the job asks.
     """
+    check_context_parallel(model, job, mesh.degrees.cp)
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(model, mesh.axis("tp"))
     blocks = list(model.blocks)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from flame.kernels.delta_rule import delta_rule, dplr_delta_rule
+from flame.kernels.elementwise_scan import elementwise_scan
+from flame.kernels.forgetting_attention import forgetting_attention
 from flame.kernels.linear_attention import linear_attention
+from flame.kernels.log_gate import log_gate
+from flame.kernels.mesa import mesa
+from flame.kernels.polynomial_attention import polynomial_attention
+from flame.kernels.selective_scan import selective_scan
 from flame.kernels.sequence import cut_sequence
 from flame.kernels.short_convolution import short_convolution
 from flame.kernels.softmax_attention import softmax_attention
@@ -51,6 +58,61 @@ def run_attention(window):
     return lambda x, **options: softmax_attention(**x, window=window, **options)
 
 
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def delta(B, steps=1, heads=H, **more):
+    keys, values = (B, T * steps, heads, K), (B, T * steps, H, V)
+    q, k = torch.randn(B, T, heads, K), unit(torch.randn(keys))
+    return {"q": q, "k": k, "v": torch.randn(values), "beta": torch.rand(values[:-1]) * 1.5, **more}
+
+
+def run_delta(**fixed):
+    return lambda x, **options: delta_rule(**x, **fixed, **options)[0]
+
+
+def dplr(B):
+    kappa = unit(torch.randn(B, T, H, K))
+    a, b = -kappa, kappa * torch.rand(B, T, H, K)
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+    return {"q": q, "k": k, "v": v, "a": a, "b": b, "key_decay": decay(B, T, H, K)}
+
+
+def selective(B):
+    x, dt, z = torch.randn(B, T, 5), torch.randn(B, T, 5), torch.randn(B, T, 5)
+    tokens = {"x": x, "dt": dt, "z": z, "B": torch.randn(B, T, 3), "C": torch.randn(B, T, 3)}
+    return {**tokens, "shared_A": -torch.rand(5, 3), "shared_D": torch.randn(5), "shared_dt_bias": torch.randn(5)}
+
+
+def run_shared(op, **fixed):
+    return lambda x, **options: op(**{n.removeprefix(SHARED): t for n, t in x.items()}, **fixed, **options)[0]
+
+
+def mesa_inputs(B):
+    q, k, v = unit(torch.randn(B, T, H, K)), unit(torch.randn(B, T, H, K)), torch.randn(B, T, H, V)
+    scalars = {"log_decay": decay(B, T, H), "beta": torch.rand(B, T, H)}
+    return {"q": q, "k": k, "v": v, **scalars, "shared_regularizer": 0.5 + torch.rand(H, K)}
+
+
+def forgetting(B):
+    return {
+        "q": torch.randn(B, T, 4, K),
+        "k": torch.randn(B, T, 2, K),
+        "v": torch.randn(B, T, 2, V),
+        "log_forget": decay(B, T, 4),
+    }
+
+
+def run_gate(x, **options):
+    weight, log_decay, _ = log_gate(x["x"], **options)
+    return torch.cat([weight, log_decay], -1)
+
+
+def polynomial(B):
+    return {"q": torch.randn(B, T, H, 3), "k": torch.randn(B, T, H, 3), "v": torch.randn(B, T, H, V)}
+
+
 CASES = {
     "linear_none": (lambda B: linear(B), run_linear),
     "linear_head": (lambda B: linear(B, shared_head_decay=decay(H)), run_linear),
@@ -64,6 +126,24 @@ CASES = {
         run_convolution,
     ),
     "token_shift": (lambda B: {"x": torch.randn(B, T, 5)}, lambda x, **options: token_shift(x["x"], **options)[0]),
+    "delta": (delta, run_delta()),
+    "delta_steps": (lambda B: delta(B, 2, scalar_decay=decay(B, T, H)), run_delta()),
+    "delta_grouped": (lambda B: delta(B, heads=1, scalar_decay=decay(B, T, H)), run_delta(normalize=True)),
+    "delta_key": (lambda B: delta(B, key_decay=decay(B, T, H, K)), run_delta()),
+    "delta_erase": (
+        lambda B: delta(B, scalar_decay=decay(B, T, H), erase_key=0.5 * unit(torch.randn(B, T, H, K))),
+        run_delta(exclusive=True),
+    ),
+    "dplr": (dplr, run_shared(dplr_delta_rule)),
+    "elementwise": (
+        lambda B: {"x": torch.randn(B, T, 5), "log_decay": decay(B, T, 5)},
+        run_shared(elementwise_scan),
+    ),
+    "selective": (selective, run_shared(selective_scan)),
+    "log_gate": (lambda B: {"x": torch.randn(B, T, H, K)}, run_gate),
+    "mesa": (mesa_inputs, run_shared(mesa)),
+    "polynomial": (polynomial, run_shared(polynomial_attention)),
+    "forgetting": (forgetting, lambda x, **options: forgetting_attention(**x, **options)),
     "attention": (attention_inputs, run_attention(None)),
     "attention_window": (attention_inputs, run_attention(7)),
     "attention_wide_window": (attention_inputs, run_attention(17)),
