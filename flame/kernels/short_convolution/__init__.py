@@ -13,7 +13,7 @@ from flame.kernels.short_convolution import chunked, reference
 __all__ = ["short_convolution"]
 
 
-def short_convolution(
+def short_convolution(  # noqa: PLR0913 (one op)
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
