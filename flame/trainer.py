@@ -14,13 +14,8 @@ import torch
 from flame.checkpoint import CheckpointManager
 from flame.checkpoint.convert import name_special_tokens
 from flame.config import JobConfig, model_values, to_toml
-<<<<<<< HEAD
-from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, load_tokenizer
-from flame.data.build import global_batch_size, microbatch_rows
-=======
 from flame.data import Batch, Parts, Tokenizer, build_loader, build_validation_loader, load_tokenizer
-from flame.data.build import global_batch_size
->>>>>>> 64570f7 (wip)
+from flame.data.build import global_batch_size, microbatch_rows
 from flame.errors import CheckpointError
 from flame.evaluation.generate import Sampling, generate_text
 from flame.graphed import GraphedStep
@@ -88,11 +83,10 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def build_validator(self) -> Validator | None:
-        batches = build_validation_loader(self.job, self.tokenizer, self.mesh.data_rank, self.mesh.data_size)
-        if batches is None:
+        loader = build_validation_loader(self.job, self.tokenizer, self.mesh.data_rank, self.mesh.data_size)
+        if loader is None:
             return None
-        if self.mesh.degrees.cp > 1:
-            batches = Parts(batches, self.mesh.group("cp"))
+        batches = loader if self.mesh.degrees.cp == 1 else Parts(loader, self.mesh.group("cp"))
         return Validator(self.model, batches, token_bytes(self.tokenizer), self.world.device, self.mesh.loss_group)
 
     def build_checkpoints(self) -> CheckpointManager:

@@ -121,8 +121,7 @@ class SequenceShard:
         while distance < self.size:
             earlier = self.shift(torch.cat([update.flatten(), factor.flatten()]), distance)
             own, other = (
-                part.view_as(x)
-                for part, x in zip(earlier.split([update.numel(), factor.numel()]), (update, factor))
+                part.view_as(x) for part, x in zip(earlier.split([update.numel(), factor.numel()]), (update, factor))
             )
             update = apply_factor(factor, own, matrix) + update
             if 2 * distance < self.size:
@@ -216,7 +215,9 @@ def cut_sequence(
 def refuse_states(op: str, *states: Any) -> None:
     """A shard brings the state; raise FlameError if the caller gives or wants one too."""
     if any(state is not None and state is not False for state in states):
-        raise FlameError(f"{op}: with a sequence shard, states come from and go to the other ranks; give and ask for none.")
+        raise FlameError(
+            f"{op}: with a sequence shard, states come from and go to the other ranks; give and ask for none."
+        )
 
 
 class _Gather(torch.autograd.Function):
@@ -268,7 +269,5 @@ def _send(x: Tensor, distance: int, shard: SequenceShard) -> Tensor:
         sends[to] = flat.numel()
     if 0 <= source < shard.size:
         receives[source] = flat.numel()
-    received = collectives.wait_tensor(
-        collectives.all_to_all_single(flat[: sum(sends)], receives, sends, shard.group)
-    )
+    received = collectives.wait_tensor(collectives.all_to_all_single(flat[: sum(sends)], receives, sends, shard.group))
     return received.view_as(x) if sum(receives) else torch.zeros_like(x)

@@ -27,8 +27,6 @@ def check_context_parallel(model: CausalLM, job: JobConfig, ranks: int) -> None:
     seq_len = job.training.seq_len
     if seq_len % ranks:
         raise ConfigError(f"{DEGREE} = {ranks} does not divide training.seq_len = {seq_len}. Change one of them.")
-    if job.parallelism.pipeline_parallel_degree > 1:
-        raise ConfigError(f"{DEGREE} = {ranks} does not combine with pipeline parallelism yet; set one of them to 1.")
     if job.compile.cuda_graph:
         raise ConfigError(f"{DEGREE} = {ranks} needs compile.cuda_graph = false: exchanges are not recorded.")
     for name, module in model.named_modules():

@@ -14,11 +14,13 @@ from flame.models.registry import systems
 from flame.parallel.mesh import Degrees
 
 pytestmark = pytest.mark.distributed
-WHOLE = {"nsa", "moba"}  # need whole sequences
+WHOLE = {"nsa", "moba", "path_attn"}  # need whole sequences
 NAMES = sorted(set(systems()) - WHOLE)
 GROUPS = {  # a few in every run, all with --run-slow
     "common": ["transformer", "gla", "gated_deltanet", "mamba2", "mom", "rwkv7"],
-    "others": [name for name in NAMES if name not in ("transformer", "gla", "gated_deltanet", "mamba2", "mom", "rwkv7")],
+    "others": [
+        name for name in NAMES if name not in ("transformer", "gla", "gated_deltanet", "mamba2", "mom", "rwkv7")
+    ],
 }
 OPTIONS = {  # convolutions where they are optional
     "gla": {"use_short_conv": True},

@@ -15,7 +15,7 @@ __all__ = ["forgetting_attention"]
 PRUNE = 2.0**-20
 
 
-def forgetting_attention(
+def forgetting_attention(  # noqa: PLR0913 (one op)
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -22,7 +22,7 @@ def forgetting_attention(
     if cu_seqlens is None:
         return _one(q, k, v, log_forget, scale)
     pieces = documents(cu_seqlens, q, k, v, log_forget)  # read on the host, which costs nothing on a CPU
-    return torch.cat([_one(*piece, scale) for piece in pieces], dim=1)
+    return torch.cat([_one(dq, dk, dv, df, scale) for dq, dk, dv, df in pieces], dim=1)
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, scale: float) -> Tensor:
