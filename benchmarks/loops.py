@@ -36,6 +36,7 @@ class PackedBatch:
     labels: Tensor
     cu_seqlens: Tensor | None
     max_seqlen: int
+    shard: None = None
 
 
 def build(name: str, job: JobConfig) -> tuple[Step, nn.Module]:

@@ -22,6 +22,7 @@ class StaticBatch:
     labels: Tensor
     cu_seqlens: None = None
     max_seqlen: int | None = None
+    shard: None = None
 
 
 class GraphedStep:

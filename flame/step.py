@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flame.errors import ConfigError, FlameError, unknown_name
+from flame.kernels.sequence import SequenceShard
 from flame.optim.clipping import clip_gradients, global_grad_norm
 from flame.optim.optimizer import Optimizer
 from flame.parallel.fsdp import set_accumulation
@@ -32,6 +33,9 @@ class MicroBatch(Protocol):
 
     @property
     def cu_seqlens(self) -> Tensor | None: ...
+
+    @property
+    def shard(self) -> SequenceShard | None: ...
 
     @property
     def max_seqlen(self) -> int | None: ...
@@ -190,7 +194,11 @@ class TrainStep:
     def forward_backward(self, batch: MicroBatch, tokens: Tensor) -> Tensor:
         """Gradients of this micro-batch's share of the loss, which is returned."""
         output = self.model(
-            batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
+            batch.input_ids,
+            labels=batch.labels,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            shard=batch.shard,
         )
         loss = output.loss_sum / tokens
         loss.backward()

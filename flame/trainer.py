@@ -14,7 +14,7 @@ import torch
 from flame.checkpoint import CheckpointManager
 from flame.checkpoint.convert import name_special_tokens
 from flame.config import JobConfig, model_values, to_toml
-from flame.data import Batch, Tokenizer, build_loader, build_validation_loader, load_tokenizer
+from flame.data import Batch, Parts, Tokenizer, build_loader, build_validation_loader, load_tokenizer
 from flame.data.build import global_batch_size, microbatch_rows
 from flame.errors import CheckpointError
 from flame.evaluation.generate import Sampling, generate_text
@@ -83,9 +83,10 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def build_validator(self) -> Validator | None:
-        batches = build_validation_loader(self.job, self.tokenizer, self.mesh.data_rank, self.mesh.data_size)
-        if batches is None:
+        loader = build_validation_loader(self.job, self.tokenizer, self.mesh.data_rank, self.mesh.data_size)
+        if loader is None:
             return None
+        batches = loader if self.mesh.degrees.cp == 1 else Parts(loader, self.mesh.group("cp"))
         return Validator(self.model, batches, token_bytes(self.tokenizer), self.world.device, self.mesh.loss_group)
 
     def build_checkpoints(self) -> CheckpointManager:
@@ -138,6 +139,8 @@ class Trainer:
         count = self.rows_per_step // (microbatch_rows(self.job) * self.mesh.data_size)
         with self.throughput.waiting_for_data():
             batches = [next(self.batches) for _ in range(count)]
+        if self.mesh.degrees.cp > 1:
+            batches = [batch.part(self.mesh.group("cp")) for batch in batches]
         return [batch.to(self.world.device, non_blocking=True) for batch in batches]
 
     def after_step(self, result: StepResult | None) -> None:

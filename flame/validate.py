@@ -75,7 +75,11 @@ class Validator:
             counts = torch.tensor([0, targets.numel(), int(self.sizes[targets].sum())], dtype=torch.float64)
             here = batch.to(self.device, non_blocking=True)
             output = self.model(
-                here.input_ids, labels=here.labels, cu_seqlens=here.cu_seqlens, max_seqlen=here.max_seqlen
+                here.input_ids,
+                labels=here.labels,
+                cu_seqlens=here.cu_seqlens,
+                max_seqlen=here.max_seqlen,
+                shard=here.shard,
             )
             sums += counts.to(self.device)
             sums[0] += output.loss_sum

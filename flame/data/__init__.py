@@ -1,6 +1,6 @@
 """Streaming data: sources, tokenizing, token-weighted mixtures, packing, virtual shards, loader."""
 
-from flame.data.batch import Batch
+from flame.data.batch import Batch, Parts
 from flame.data.build import build_loader, build_validation_loader, load_tokenizer, open_recipe
 from flame.data.loader import Loader
 from flame.data.settings import DataSettings, PackingSettings, RankSettings, SourceSettings, WorkerSettings
@@ -12,6 +12,7 @@ __all__ = [
     "DataSettings",
     "Loader",
     "PackingSettings",
+    "Parts",
     "RankSettings",
     "SourceSettings",
     "Tokenizer",

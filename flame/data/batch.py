@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from flame.data.shard import IGNORED, Row
+from flame.kernels.sequence import SequenceShard, cut_sequence
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Batch:
             that take it need not change from step to step. T without packing.
         row_numbers: place of each row in the whole run.
         source_tokens: input tokens from each source.
+        shard: which part of the rows this is, where context-parallel ranks share them.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +34,7 @@ class Batch:
     max_seqlen: int = 0
     row_numbers: tuple[int, ...] = ()
     source_tokens: dict[str, int] = field(default_factory=dict)
+    shard: SequenceShard | None = None
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU can be asynchronous."""
@@ -46,7 +50,31 @@ class Batch:
             return tensor.to(device, non_blocking=non_blocking)
 
         cu_seqlens = None if self.cu_seqlens is None else move(self.cu_seqlens)
-        return replace(self, input_ids=move(self.input_ids), labels=move(self.labels), cu_seqlens=cu_seqlens)
+        shard = None if self.shard is None else self.shard.to(device, non_blocking)
+        return replace(
+            self, input_ids=move(self.input_ids), labels=move(self.labels), cu_seqlens=cu_seqlens, shard=shard
+        )
+
+    def part(self, group: dist.ProcessGroup) -> Batch:
+        """This rank's equal, contiguous part of every row; labels, shifted before, are cut alike.
+
+        Raises:
+            FlameError: the ranks of `group` do not divide the rows.
+        """
+        shard, cu_seqlens = cut_sequence(group, self.input_ids.shape[1], self.cu_seqlens)
+        ids, labels = (x.chunk(shard.size, 1)[shard.rank] for x in (self.input_ids, self.labels))
+        return replace(self, input_ids=ids, labels=labels, cu_seqlens=cu_seqlens, shard=shard)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """This rank's part of every batch; see `Batch.part`."""
+
+    batches: Iterable[Batch]
+    group: dist.ProcessGroup
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch.part(self.group) for batch in self.batches)
 
 
 def collate(rows: Sequence[Row], source_names: Sequence[str], longest: int) -> Batch:

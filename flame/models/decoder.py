@@ -16,6 +16,7 @@ from flame.kernels.cross_entropy import (
     linear_cross_entropy,
     vocabulary_parallel_cross_entropy,
 )
+from flame.kernels.sequence import SequenceShard
 from flame.models.block import AttentionResidualBlock, Block, SourceScore, mix_sources
 from flame.models.config import ModelConfig
 from flame.models.context import Cache, Context, make_context
@@ -73,9 +74,10 @@ class Backbone(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         max_seqlen: int | None = None,
+        shard: SequenceShard | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Normed hidden states [B, T, D] of tokens [B, T], and what the last block carried."""
-        ctx = make_context(input_ids.shape[1], input_ids.device, cu_seqlens, cache, max_seqlen)
+        ctx = make_context(input_ids.shape[1], input_ids.device, cu_seqlens, cache, max_seqlen, shard)
         x, carried = self.run_blocks(self.embeddings(input_ids), self.initial_carried(), ctx, cache)
         if cache is not None:
             cache.seen += input_ids.shape[1]
@@ -144,6 +146,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         max_seqlen: int | None = None,
+        shard: SequenceShard | None = None,
     ) -> CausalLMOutput:
         """
         Args:
@@ -152,6 +155,7 @@ class CausalLM(nn.Module):
             cu_seqlens: [N + 1] int32 document starts and the total; needs B == 1. Documents never see each other.
             cache: decode state from `new_cache`, advanced in place.
             max_seqlen: a bound on the length of packed documents, which makes attention faster where it is known.
+            shard: input_ids, labels and cu_seqlens are this context-parallel rank's part of the rows (`cut_sequence`).
 
         Raises:
             FlameError: cu_seqlens with B > 1, or with a cache that already holds tokens.
@@ -160,7 +164,7 @@ class CausalLM(nn.Module):
             raise FlameError(
                 f"cu_seqlens needs one packed row; input_ids has {input_ids.shape[0]} rows. Concatenate them."
             )
-        hidden, carried = self.decoder(input_ids, cu_seqlens, cache, max_seqlen)
+        hidden, carried = self.decoder(input_ids, cu_seqlens, cache, max_seqlen, shard)
         if labels is None:
             return CausalLMOutput(logits=self.logits(hidden)[:, : input_ids.shape[1]], cache=cache)
         return CausalLMOutput(loss_sum=self.loss_sum(hidden, labels, carried), cache=cache)

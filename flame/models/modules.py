@@ -185,6 +185,7 @@ class ShortConvolution(nn.Module):
             initial_state=None if ctx.cache is None else ctx.cache.get(name),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         if ctx.cache is not None:
             ctx.cache[name] = state

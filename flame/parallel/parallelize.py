@@ -5,41 +5,28 @@ from __future__ import annotations
 import torch
 
 from flame.config.sections import JobConfig
-from flame.errors import ConfigError
 from flame.models.config import ModelConfig
 from flame.models.decoder import CausalLM, build_model
 from flame.models.initialize import initialize_weights
 from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.compile import compile_blocks
+from flame.parallel.context import check_context_parallel
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp, parse_dtype
-from flame.parallel.mesh import CONFIG_KEYS, Degrees, Mesh
+from flame.parallel.mesh import Degrees, Mesh
 from flame.parallel.pipeline_split import schedule_kind
 from flame.parallel.tensor import apply_tensor_parallel
 
-NOT_YET = ("cp",)  # axes that the mesh has and training cannot use yet
-
 
 def degrees_of(job: JobConfig) -> Degrees:
-    """The mesh a job asks for; dp_shard may still be -1.
-
-    Raises:
-        ConfigError: the job asks for an axis that training cannot use yet.
-    """
+    """The mesh a job asks for; dp_shard may still be -1."""
     section = job.parallelism
-    degrees = Degrees(
+    return Degrees(
         pp=section.pipeline_parallel_degree,
         dp_replicate=section.data_parallel_replicate_degree,
         dp_shard=section.data_parallel_shard_degree,
         cp=section.context_parallel_degree,
         tp=section.tensor_parallel_degree,
     )
-    for axis in NOT_YET:
-        if getattr(degrees, axis) > 1:
-            raise ConfigError(
-                f"parallelism.{CONFIG_KEYS[axis]} = {getattr(degrees, axis)}: not yet. Set this degree to 1 and use "
-                f"data parallelism (data_parallel_replicate_degree, data_parallel_shard_degree)."
-            )
-    return degrees
 
 
 def sharding_options(job: JobConfig) -> ShardingOptions:
@@ -69,6 +56,7 @@ def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.devic
     Raises:
         ConfigError: the model cannot be split as the job asks.
     """
+    check_context_parallel(model, job, mesh.degrees.cp)
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(model, mesh.axis("tp"))
     blocks = list(model.blocks)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from flame.config.sections import JobConfig
 from flame.data.build import global_batch_size, microbatch_rows
+from flame.kernels.sequence import SequenceShard
 from flame.models.config import ModelConfig
 from flame.models.context import Cache
 from flame.models.decoder import CausalLM, CausalLMOutput, build_model
@@ -98,7 +99,7 @@ class Pipeline(nn.Module):
         """
         schedule = self.schedule(len(batches), *batches[0].input_ids.shape)
         for part in self.own:
-            part.work = (Work(b.input_ids, b.labels, b.cu_seqlens, b.max_seqlen, tokens) for b in batches)
+            part.work = (Work(b.input_ids, b.labels, b.cu_seqlens, b.max_seqlen, tokens, shard=b.shard) for b in batches)
         losses: list[Tensor] = []
         # What the schedule cuts into micro-batches is of no meaning: stages take their work themselves.
         tickets = torch.zeros(len(batches), device=self.device)
@@ -141,13 +142,14 @@ class Pipeline(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         max_seqlen: int | None = None,
+        shard: SequenceShard | None = None,
     ) -> CausalLMOutput:
         """One micro-batch through all stages, without gradients; all ranks of the pipeline call it together.
 
         Arguments and result are those of `CausalLM`, except that `loss_sum` is zero where the last stage is not: the next
         micro-batch can start before this one is through.
         """
-        work = Work(input_ids, labels, cu_seqlens, max_seqlen, cache=cache)
+        work = Work(input_ids, labels, cu_seqlens, max_seqlen, cache=cache, shard=shard)
         outputs: Any = ()
         for part in self.own:
             received = outputs if self.is_here(part.stage.index - 1) else self.receive(part, input_ids)

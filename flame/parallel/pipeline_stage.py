@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flame.kernels.sequence import SequenceShard
 from flame.models.config import ModelConfig
 from flame.models.context import Cache, make_context
 from flame.models.decoder import CausalLM
@@ -117,6 +118,7 @@ class Work:
         labels: None asks for logits instead of the loss.
         scale: 0-d, divides the loss; None leaves it a sum.
         cache: decode state.
+        shard: which part of the rows this is under context parallelism.
     """
 
     input_ids: Tensor
@@ -125,6 +127,7 @@ class Work:
     max_seqlen: int | None = None
     scale: Tensor | None = None
     cache: Cache | None = None
+    shard: SequenceShard | None = None
 
 
 class StageModel(CausalLM):
@@ -169,7 +172,7 @@ class StageModel(CausalLM):
         """
         work, backbone = next(self.work), self.decoder
         ids, cache = work.input_ids, work.cache
-        ctx = make_context(ids.shape[1], ids.device, work.cu_seqlens, cache, work.max_seqlen)
+        ctx = make_context(ids.shape[1], ids.device, work.cu_seqlens, cache, work.max_seqlen, work.shard)
         if self.stage.is_first:
             x, carried = backbone.embeddings(ids), backbone.initial_carried()
         else:

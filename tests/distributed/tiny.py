@@ -33,6 +33,7 @@ class Packed:
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int | None = None
+    shard: object = None
 
 
 def packed_row(index):

@@ -1,10 +1,7 @@
 import pytest
 
-from flame.config.sections import JobConfig
 from flame.errors import ConfigError
 from flame.parallel.mesh import Degrees, resolve_degrees
-from flame.parallel.parallelize import NOT_YET, degrees_of
-from flame.schema import build
 
 
 def test_minus_one_takes_what_the_other_axes_leave():
@@ -23,12 +20,3 @@ def test_minus_one_takes_what_the_other_axes_leave():
 def test_impossible_degrees_are_refused_by_name(degrees, world_size, text):
     with pytest.raises(ConfigError, match=text):
         resolve_degrees(degrees, world_size)
-
-
-@pytest.mark.parametrize("axis, key", [("tp", "tensor"), ("cp", "context"), ("pp", "pipeline")])
-def test_axes_that_training_cannot_use_yet_say_so(axis, key):
-    if axis not in NOT_YET:
-        pytest.skip(f"{axis} is available")
-    job = build(JobConfig, {"parallelism": {f"{key}_parallel_degree": 2}}, where="job")
-    with pytest.raises(ConfigError, match=f"{key}_parallel_degree = 2: not yet"):
-        degrees_of(job)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -19,6 +21,7 @@ from flame.kernels.delta_rule.problem import (
     steps_per_token,
 )
 from flame.kernels.delta_rule.reference import recurrence
+from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["delta_rule", "dplr_delta_rule"]
 
@@ -41,6 +44,7 @@ def delta_rule(  # noqa: PLR0913 (one op for the whole family)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``S_t = a_t S_{t-1} + beta_t k_t (v_t - S'^T p_t)^T``, ``o_t = scale * S_t^T q_t``, a_t = exp(decay).
 
@@ -63,6 +67,8 @@ def delta_rule(  # noqa: PLR0913 (one op for the whole family)
         output_final_state: also return the state after the last token, [N, H, K, V] fp32.
         cu_seqlens: [N + 1] int32 token bounds of the documents packed into the one row of B = 1; they never meet.
         backend: 'triton', 'chunked' or 'reference'; None chooses by device (see `select_backend`).
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Logs are natural, sums and states fp32. Every tensor argument is differentiable, the final state too.
 
@@ -85,7 +91,12 @@ def delta_rule(  # noqa: PLR0913 (one op for the whole family)
     decay = scalar_decay if key_decay is None else key_decay
     p = Tied(q, k, v, beta, decay, erase_key, exclusive, normalize, scale, initial_state, cu_seqlens)
     check_tied(p, steps)
-    o, final = _solve(expand_steps(p, steps), backend)
+    if shard is not None:
+        refuse_states("delta_rule", initial_state, output_final_state)
+    p = expand_steps(p, steps)
+    if shard is not None:
+        return _solve_part(p, backend, shard, steps), None
+    o, final = _solve(p, backend)
     return o[:, steps - 1 :: steps], final if output_final_state else None
 
 
@@ -102,6 +113,7 @@ def dplr_delta_rule(  # noqa: PLR0913 (one op for the whole family)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Diagonal plus low rank: ``S_t = diag(exp(w_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T``, ``o_t = scale S_t^T q_t``.
 
@@ -110,7 +122,7 @@ def dplr_delta_rule(  # noqa: PLR0913 (one op for the whole family)
     Args:
         q, k, a, b: [B, T, H, K]; v: [B, T, H, V].
         key_decay: w [B, T, H, K], natural log, <= 0.
-        scale, initial_state, output_final_state, cu_seqlens, backend: as in `delta_rule`.
+        scale, initial_state, output_final_state, cu_seqlens, backend, shard: as in `delta_rule`.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] fp32 or None.
@@ -122,8 +134,17 @@ def dplr_delta_rule(  # noqa: PLR0913 (one op for the whole family)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     p = Untied(q, k, v, a, b, key_decay, scale, initial_state, cu_seqlens)
     check_untied(p)
+    if shard is not None:
+        refuse_states("dplr_delta_rule", initial_state, output_final_state)
+        return _solve_part(p, backend, shard, 1), None
     o, final = _solve(p, backend)
     return o, final if output_final_state else None
+
+
+def _solve_part(p: Problem, backend: str | None, shard: SequenceShard, steps: int) -> Tensor:
+    from flame.kernels.delta_rule.sharded import sharded_delta_rule
+
+    return sharded_delta_rule(p, partial(_solve, backend=backend), steps, shard)
 
 
 def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:

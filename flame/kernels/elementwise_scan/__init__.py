@@ -9,6 +9,7 @@ from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.elementwise_scan.chunked import elementwise_scan_chunked
 from flame.kernels.elementwise_scan.reference import elementwise_scan_reference
+from flame.kernels.sequence import SequenceShard, first_document, refuse_states
 
 __all__ = ["elementwise_scan", "elementwise_scan_step"]
 
@@ -21,6 +22,7 @@ def elementwise_scan(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`h_t = exp(log_decay_t) * h_{t-1} + x_t`, channel by channel.
 
@@ -31,6 +33,8 @@ def elementwise_scan(
         output_final_state: also return the states after the last token, `[N, E]` fp32. Differentiable.
         cu_seqlens: `[N + 1]` int32 document boundaries; then `B == 1` and no state crosses a boundary.
         backend: 'triton', 'chunked' or 'reference'; None chooses.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         `(h [B, T, E] in x.dtype, final_state or None)`. The scan runs in fp32 (fp64 for fp64 inputs on the torch
@@ -42,6 +46,9 @@ def elementwise_scan(
     Qin, Yang and Zhong, "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", 2023.
     """
     _check(x, log_decay, initial_state, cu_seqlens)
+    if shard is not None:
+        refuse_states("elementwise_scan", initial_state, output_final_state)
+        return _part(x, log_decay, cu_seqlens, backend, shard), None
     chosen = select_backend(x, backend)
     if chosen == "triton":
         from flame.kernels.elementwise_scan.triton_scan import elementwise_scan_triton
@@ -52,6 +59,20 @@ def elementwise_scan(
     else:
         h, final = elementwise_scan_reference(x, log_decay, initial_state, cu_seqlens)
     return h, final if output_final_state else None
+
+
+def _part(
+    x: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str | None, shard: SequenceShard
+) -> Tensor:
+    """The scan from zero, plus what is left of the incoming state at each token of the first document."""
+    h, final = elementwise_scan(x, log_decay, output_final_state=True, cu_seqlens=cu_seqlens, backend=backend)
+    assert final is not None
+    left = log_decay.to(final.dtype).cumsum(1).exp()
+    first = first_document(x.shape[1], cu_seqlens, x.device)
+    whole = left[:, -1] if len(final) == len(x) else torch.zeros_like(left[:, -1])
+    incoming = shard.carry(final[-len(x) :], whole)
+    left = left if first is None else left * first[:, None]
+    return h + (left * incoming[:, None]).to(h.dtype)
 
 
 def _check(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:

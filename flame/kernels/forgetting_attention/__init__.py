@@ -8,13 +8,14 @@ from torch import Tensor
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.forgetting_attention import chunked, reference
+from flame.kernels.sequence import SequenceShard
 
 __all__ = ["forgetting_attention"]
 
 PRUNE = 2.0**-20
 
 
-def forgetting_attention(
+def forgetting_attention(  # noqa: PLR0913 (one op)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,6 +25,7 @@ def forgetting_attention(
     cu_seqlens: Tensor | None = None,
     prune: float = PRUNE,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> Tensor:
     """Causal attention whose score of (i, j) is ``scale * q_i . k_j + sum of log_forget over j + 1 .. i``.
 
@@ -33,10 +35,12 @@ def forgetting_attention(
         v: `[B, Tk, Hk, V]`.
         log_forget: `[B, Tk, H]` fp32, <= 0, one gate a query head; of all keys, cached ones included.
         scale: of the products; K^-0.5 by default. It does not scale the gates.
-        cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
+        cu_seqlens: `[N + 1]` boundaries, among the keys, of packed documents (B = 1).
         prune: keys so far back that their weights together are below this share of a query's are left out, tile by tile;
             0 for none. The bound is proved from the gates and the largest norms of q and k. Only 'triton' prunes.
         backend: 'triton' (heads up to 256), 'chunked' or 'reference'; default by device.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k, v and log_forget.
@@ -44,6 +48,9 @@ def forgetting_attention(
     Raises:
         FlameError: shapes that do not fit together, or an unknown backend.
     """
+    if shard is not None:
+        k, v, log_forget = shard.keys(k), shard.keys(v), shard.keys(log_forget)
+        cu_seqlens = shard.key_bounds(cu_seqlens, k.shape[1] - q.shape[1])
     if q.shape[1] > k.shape[1] or k.shape[:3] != v.shape[:3] or q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
         raise FlameError(
             "forgetting_attention: needs q [B, Tq, H, K], k [B, Tk, Hk, K], v [B, Tk, Hk, V] with Tk >= Tq and Hk "

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from flame.kernels.softmax_attention.chunked import documents
+
 _BAND = 256  # queries a time
 
 
@@ -19,9 +21,8 @@ def forgetting_attention(
 ) -> Tensor:
     if cu_seqlens is None:
         return _one(q, k, v, log_forget, scale)
-    lengths = cu_seqlens.diff().tolist()  # read on the host, which costs nothing on a CPU
-    documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v, log_forget)))
-    return torch.cat([_one(dq, dk, dv, df, scale) for dq, dk, dv, df in documents], dim=1)
+    pieces = documents(cu_seqlens, q, k, v, log_forget)  # read on the host, which costs nothing on a CPU
+    return torch.cat([_one(dq, dk, dv, df, scale) for dq, dk, dv, df in pieces], dim=1)
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, scale: float) -> Tensor:

@@ -19,6 +19,6 @@ def forgetting_attention(
     mask = j <= i
     if cu_seqlens is not None:
         document = torch.searchsorted(cu_seqlens[1:].contiguous(), j, right=True)
-        mask = mask & (document[:, None] == document)
+        mask = mask & (document[keys - queries :, None] == document)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return torch.einsum("bhij,bjhv->bihv", weights, v.to(wide)).to(q.dtype)

@@ -10,6 +10,7 @@ from flame.kernels.backend import select_backend
 from flame.kernels.linear_attention.chunked import chunked
 from flame.kernels.linear_attention.problem import make_problem
 from flame.kernels.linear_attention.reference import recurrence
+from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["linear_attention", "linear_attention_step"]
 
@@ -29,6 +30,7 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``S_t = decay_t * S_{t-1} + k_t v_t^T``, ``o_t = scale * S_t^T q_t``, causal over the time axis.
 
@@ -47,6 +49,8 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
         output_final_state: also return the state after the last token, [N, H, K, V] fp32.
         cu_seqlens: [N + 1] int32 bounds of the documents packed into the one row of B = 1; their states never meet.
         backend: 'triton', 'chunked' or 'reference'; None chooses by device (see `select_backend`).
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     At most one decay may be given; decays are natural logarithms, <= 0, in any floating dtype. H is the largest head
     count; every other count divides it and head h uses head ``h // (H / Hx)`` of a tensor with Hx heads, which is never
@@ -74,6 +78,11 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+    if shard is not None:
+        from flame.kernels.linear_attention.sharded import sharded_linear_attention
+
+        refuse_states("linear_attention", initial_state, output_final_state)
+        return sharded_linear_attention(problem, shard, backend), None
     name = select_backend(q, backend, ("triton", "chunked", "reference"))
     if name == "triton" and problem.compute_dtype == torch.float32:
         from flame.kernels.linear_attention.triton_op import linear_attention_triton

@@ -9,6 +9,7 @@ from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.log_gate.chunked import log_gate_chunked
 from flame.kernels.log_gate.reference import log_gate_reference
+from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["log_gate", "log_gate_step"]
 
@@ -20,6 +21,7 @@ def log_gate(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`z_t = log(exp(z_{t-1}) + exp(x_t))`, giving the weight `exp(x_t - z_t)` and the log decay `z_{t-1} - z_t`.
 
@@ -32,6 +34,8 @@ def log_gate(
         output_final_state: also return the normaliser after the last token, `[N, H, M]` fp32. Differentiable.
         cu_seqlens: `[N + 1]` int32 document boundaries; then `B == 1` and the normaliser restarts at each.
         backend: 'triton', 'chunked' or 'reference'; None chooses.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         `(weight [B, T, H, M] in x.dtype, log_decay [B, T, H, M] fp32, final_state or None)`.
@@ -43,6 +47,11 @@ def log_gate(
     "ABC: Attention with Bounded-memory Control", 2022.
     """
     _check(x, initial_state, cu_seqlens)
+    if shard is not None:
+        from flame.kernels.log_gate.sharded import normalizer_before
+
+        refuse_states("log_gate", initial_state, output_final_state)
+        initial_state = normalizer_before(x, cu_seqlens, shard)
     chosen = select_backend(x, backend)
     if chosen == "triton":
         from flame.kernels.log_gate.triton_gate import log_gate_triton

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from flame.kernels.backend import select_backend
 from flame.kernels.mesa.chunked import chunked
 from flame.kernels.mesa.problem import Problem, check
 from flame.kernels.mesa.reference import recurrence
+from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["mesa"]
 
@@ -26,6 +29,7 @@ def mesa(  # noqa: PLR0913 (one op)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """``o_t = G_t^T (H_t + diag(l))^-1 q_t`` with ``H_t = d_t H_{t-1} + b_t k_t k_t^T``, ``G_t = d_t G_{t-1} + b_t k_t v_t^T``.
 
@@ -44,6 +48,8 @@ def mesa(  # noqa: PLR0913 (one op)
         output_final_state: also return both states after the last token.
         cu_seqlens: [N + 1] int32 bounds of the documents packed into the one row of B = 1.
         backend: 'chunked' or 'reference'; None chooses by device (see `select_backend`).
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         o [B, T, H, V] in v's dtype, and (H, G) or None. Sums and states are fp32.
@@ -53,6 +59,12 @@ def mesa(  # noqa: PLR0913 (one op)
     """
     p = Problem(q, k, v, log_decay, beta, regularizer, steps, key_state, value_state, cu_seqlens)
     check(p)
+    if shard is not None:
+        from flame.kernels.mesa.sharded import states_before
+
+        refuse_states("mesa", key_state, value_state, output_final_state)
+        key_state, value_state = states_before(p, shard)
+        p = replace(p, key_state=key_state, value_state=value_state)
     name = select_backend(q, backend, ("chunked", "reference"))
     single = q.shape[1] == 1 and cu_seqlens is None and backend is None
     o, final = recurrence(p) if name == "reference" or single else chunked(p)

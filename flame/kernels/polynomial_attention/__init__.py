@@ -8,6 +8,7 @@ from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.polynomial_attention.chunked import feature_count, polynomial_attention_chunked
 from flame.kernels.polynomial_attention.reference import polynomial_attention_reference
+from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["feature_count", "polynomial_attention"]
 
@@ -23,6 +24,7 @@ def polynomial_attention(  # noqa: PLR0913
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`o_i = sum_{j <= i} A_ij v_j / (sum_{j <= i} A_ij + eps)`, `A_ij = c0 + c1 s + c2 s^2`, `s = q_i k_j / sqrt(d)`.
 
@@ -35,6 +37,8 @@ def polynomial_attention(  # noqa: PLR0913
         output_final_state: also return the state after the last token. Not with `cu_seqlens`.
         cu_seqlens: `[N + 1]` int32 document boundaries; then `B == 1` and documents never meet.
         backend: 'chunked' or 'reference'; None chooses.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         `(o [B, T, H, V] in v.dtype, final_state or None)`, computed in fp32 (fp64 for fp64 inputs). Scores inside a
@@ -53,6 +57,12 @@ def polynomial_attention(  # noqa: PLR0913
         )
     if cu_seqlens is not None and (q.shape[0] != 1 or initial_state is not None or output_final_state):
         raise FlameError("polynomial_attention: cu_seqlens needs B = 1 and neither takes nor gives a state.")
+    if shard is not None:
+        from flame.kernels.polynomial_attention.sharded import state_before
+
+        refuse_states("polynomial_attention", initial_state, output_final_state)
+        state = state_before(k, v, coefficients, cu_seqlens, shard)
+        return polynomial_attention_chunked(q, k, v, coefficients, eps, state, cu_seqlens)[0], None
     if select_backend(q, backend, ("chunked", "reference")) == "reference" and initial_state is None:
         o, final = polynomial_attention_reference(q, k, v, coefficients, eps, cu_seqlens), None
         if not output_final_state:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
@@ -10,6 +12,7 @@ from flame.kernels.backend import select_backend
 from flame.kernels.selective_scan.chunked import selective_scan_chunked
 from flame.kernels.selective_scan.inputs import ScanInputs
 from flame.kernels.selective_scan.reference import selective_scan_reference
+from flame.kernels.sequence import SequenceShard, opening_states, refuse_states
 
 __all__ = ["ScanInputs", "selective_scan", "selective_scan_step"]
 
@@ -28,6 +31,7 @@ def selective_scan(  # noqa: PLR0913
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = (h_t C_t + D x_t) * silu(z_t)`.
 
@@ -43,6 +47,8 @@ def selective_scan(  # noqa: PLR0913
         output_final_state: also return the states after the last token, `[N, E, S]` fp32. Differentiable.
         cu_seqlens: `[N + 1]` int32 document boundaries; then `B == 1` and no state crosses a boundary.
         backend: 'triton', 'chunked' or 'reference'; None chooses.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         `(y [B, T, E] in x.dtype, final_state or None)`. States and accumulation are fp32 (fp64 for fp64 inputs on the
@@ -55,6 +61,9 @@ def selective_scan(  # noqa: PLR0913
     """
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     inputs.check()
+    if shard is not None:
+        refuse_states("selective_scan", initial_state, output_final_state)
+        inputs = replace(inputs, initial_state=_incoming(inputs, backend, shard))
     chosen = select_backend(x, backend)
     if chosen == "triton":
         from flame.kernels.selective_scan.triton_scan import selective_scan_triton
@@ -65,6 +74,20 @@ def selective_scan(  # noqa: PLR0913
     else:
         y, final = selective_scan_reference(inputs)
     return y, final if output_final_state else None
+
+
+def _incoming(inputs: ScanInputs, backend: str | None, shard: SequenceShard) -> Tensor:
+    """[N, E, S] states that this rank's documents start with. The outputs read them through a sum over S that is never
+    formed, so a first scan, which only finds what this rank adds to the state, is cheaper than a correction."""
+    options = {**vars(inputs), "D": None, "z": None}
+    _, final = selective_scan(**options, output_final_state=True, backend=backend)
+    assert final is not None
+    dt = inputs.dt.to(final.dtype)
+    dt = softplus(dt if inputs.dt_bias is None else dt + inputs.dt_bias.to(final.dtype)).sum(1)
+    whole = (dt[..., None] * inputs.A.to(final.dtype)).exp()
+    rows = len(inputs.x)
+    incoming = shard.carry(final[-rows:], whole if len(final) == rows else torch.zeros_like(whole))
+    return opening_states(incoming, len(final))
 
 
 def selective_scan_step(inputs: ScanInputs) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
+from flame.kernels.sequence import SequenceShard, refuse_states
 from flame.kernels.short_convolution import chunked, reference
 
 __all__ = ["short_convolution"]
 
 
-def short_convolution(
+def short_convolution(  # noqa: PLR0913 (one op)
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -22,6 +23,7 @@ def short_convolution(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`y_t = act(sum_j weight[:, j] * x_{t-W+1+j} + bias)`, a cross-correlation: the last tap meets the current token.
 
@@ -36,6 +38,8 @@ def short_convolution(
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` boundaries of packed documents; none sees another.
         backend: 'triton' (W <= 4), 'chunked' or 'reference'; default by device.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         y `[B, T, C]` in x.dtype (sums in fp32) and the final state `[N, C, W]` in x.dtype, or None. Both carry
@@ -45,6 +49,11 @@ def short_convolution(
         FlameError: shapes that do not fit together, an unknown activation or backend.
     """
     _check(x, weight, activation, initial_state, cu_seqlens)
+    if shard is not None:
+        from flame.kernels.short_convolution.sharded import state_before
+
+        refuse_states("short_convolution", initial_state, output_final_state)
+        initial_state = state_before(x, weight.shape[1], cu_seqlens, shard)
     chosen = _backend(x, weight, backend)
     if chosen == "reference":
         y, state = reference.short_convolution(x, weight, bias, activation, initial_state, cu_seqlens)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
+from flame.kernels.sequence import SequenceShard
 from flame.kernels.softmax_attention import chunked, library, reference
 
 __all__ = ["softmax_attention"]
@@ -25,6 +26,7 @@ def softmax_attention(  # noqa: PLR0913 (the options of one op)
     max_seqlen: int | None = None,
     sink: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> Tensor:
     """Every query sees the keys up to its own position, or the last `window` of them.
 
@@ -35,11 +37,13 @@ def softmax_attention(  # noqa: PLR0913 (the options of one op)
         v: `[B, Tk, Hv, Dv]`, Hv divides H; Dv may differ from Dqk.
         scale: of the scores; Dqk^-0.5 by default.
         window: query i sees keys i - window + 1 .. i; None for all.
-        cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); none sees another.
+        cu_seqlens: `[N + 1]` boundaries, among the keys, of packed documents (B = 1); none sees another.
         max_seqlen: no document is longer; saves launching programs for documents as long as the row.
         sink: `[H]` logits, one a query head, that take part in every softmax of the head and carry no value.
         backend: 'library' (torch's fast kernels, the default on a GPU where they can), 'triton' (ours, what a GPU uses
             with a sink), 'chunked' (any device; with cu_seqlens it waits for the device) or 'reference'.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part.
 
     Returns:
         `[B, Tq, H, Dv]` in q.dtype, softmax in fp32. Gradients flow to q, k, v and sink.
@@ -48,6 +52,9 @@ def softmax_attention(  # noqa: PLR0913 (the options of one op)
         FlameError: shapes that do not fit together, a window under 1, an unknown backend.
     """
     _check(q, k, v, window, cu_seqlens, sink)
+    if shard is not None:
+        k, v = shard.keys(k, window), shard.keys(v, window)
+        cu_seqlens = shard.key_bounds(cu_seqlens, k.shape[1] - q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend is None and q.is_cuda and "FLAME_BACKEND" not in os.environ:
         chosen = _fastest(q, k, v, window, cu_seqlens, sink)
@@ -86,7 +93,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tens
         raise FlameError(f"softmax_attention: the heads of k and v must divide those of q; got {shapes}.")
     if window is not None and window < 1:
         raise FlameError(f"softmax_attention: window must be at least 1, or None for no window; got {window}.")
-    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
-        raise FlameError(f"softmax_attention: cu_seqlens needs B = 1 and Tq = Tk; got {shapes}.")
+    if cu_seqlens is not None and q.shape[0] != 1:
+        raise FlameError(f"softmax_attention: cu_seqlens needs B = 1; got {shapes}.")
     if sink is not None and sink.shape != (q.shape[2],):
         raise FlameError(f"softmax_attention: sink needs one logit a head, [{q.shape[2]}]; got {tuple(sink.shape)}.")

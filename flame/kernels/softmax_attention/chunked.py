@@ -25,10 +25,17 @@ def softmax_attention(
         return _one(q, k, v, scale, window, sink)
     if torch.compiler.is_compiling():
         return _masked(q, k, v, scale, window, cu_seqlens, sink)
-    lengths = cu_seqlens.diff().tolist()
-    documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
-    parts = [_one(dq, dk, dv, scale, window, sink) for dq, dk, dv in documents]
+    parts = [_one(dq, dk, dv, scale, window, sink) for dq, dk, dv in documents(cu_seqlens, q, k, v)]
     return torch.cat(parts, dim=1)
+
+
+def documents(cu_seqlens: Tensor, q: Tensor, *keys: Tensor) -> list[tuple[Tensor, ...]]:
+    """The pieces of every document: its queries, of which an early one may have none or few, and rows of each of `keys`."""
+    bounds, earlier = cu_seqlens.tolist(), keys[0].shape[1] - q.shape[1]
+    return [
+        (q[:, max(start - earlier, 0) : max(end - earlier, 0)], *(x[:, start:end] for x in keys))
+        for start, end in zip(bounds, bounds[1:])
+    ]
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sink: Tensor | None) -> Tensor:
@@ -51,13 +58,13 @@ def _masked(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cu_seqlens: Tensor, sink: Tensor | None
 ) -> Tensor:
     """Packed documents told apart by masks alone, so that one graph serves all packings."""
-    token, parts = torch.arange(q.shape[1], device=q.device), []
-    document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    token, parts = torch.arange(k.shape[1], device=q.device), []
+    document, offset = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True), k.shape[1] - q.shape[1]
     for start in range(0, q.shape[1], _BAND):
         end = min(start + _BAND, q.shape[1])
-        seen = slice(0 if window is None else max(0, start - window + 1), end)
+        seen = slice(0 if window is None else max(0, offset + start - window + 1), offset + end)
         mask = visible(end - start, seen.stop - seen.start, window, q.device)
-        mask = mask & (document[start:end, None] == document[seen])
+        mask = mask & (document[offset + start : offset + end, None] == document[seen])
         parts.append(_attend(q[:, start:end], k[:, seen], v[:, seen], scale, mask, sink))
     return torch.cat(parts, dim=1)
 

@@ -93,7 +93,12 @@ def _varlen(
     if cu_seqlens is None:
         starts_q, starts_k = (torch.arange(B + 1, device=q.device, dtype=torch.int32) * T for T in (Tq, Tk))
     else:
-        starts_q = starts_k = cu_seqlens.to(torch.int32)
+        starts_k = cu_seqlens.to(torch.int32)
+        starts_q = (starts_k - (Tk - Tq)).clamp(min=0)
+        if Tq < Tk:  # keys of documents without queries here would be left without a gradient
+            used = starts_k[:-1].masked_fill(starts_q[1:] == 0, Tk).amin()
+            unused = (torch.arange(Tk, device=k.device) < used)[:, None, None]
+            k, v = k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0)
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
     if k.shape[2] != H:
         if "enable_gqa" in _VARLEN_OPTIONS:
@@ -102,6 +107,6 @@ def _varlen(
             k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     # Without a bound on documents the row's length is one, at the cost of many empty programs.
-    longest = Tq if cu_seqlens is None or max_seqlen is None else max_seqlen
-    o = varlen_attn(q, k, v, starts_q, starts_k, longest, Tk if cu_seqlens is None else longest, **options)
+    longest = Tk if cu_seqlens is None or max_seqlen is None else max_seqlen
+    o = varlen_attn(q, k, v, starts_q, starts_k, min(Tq, longest), longest, **options)
     return o.unflatten(0, (B, Tq))

@@ -22,9 +22,9 @@ def softmax_attention(
     scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * scale
     mask = visible(q.shape[1], k.shape[1], window, q.device)
     if cu_seqlens is not None:
-        token = torch.arange(q.shape[1], device=q.device)
+        token = torch.arange(k.shape[1], device=q.device)
         document = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
-        mask = mask & (document[:, None] == document)
+        mask = mask & (document[k.shape[1] - q.shape[1] :, None] == document)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sink is not None:
         logits = sink.to(wide)[:, None, None].expand(*scores.shape[:3], 1)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.layout import pointwise_backend
+from flame.kernels.sequence import SequenceShard, opening_states, refuse_states
 from flame.kernels.token_shift import reference
 
 __all__ = ["token_shift"]
@@ -18,6 +19,7 @@ def token_shift(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`x_{t-1} - x_t`; the token before a sequence is its `state`, or zero.
 
@@ -27,6 +29,8 @@ def token_shift(
         output_final_state: also return the last token of each sequence.
         cu_seqlens: `[N + 1]` boundaries of packed documents; none sees another.
         backend: 'triton', 'chunked' or 'reference'; default by device.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Returns:
         the difference `[B, T, C]` in x.dtype and the final state `[N, C]` or None. Gradients flow to x and state.
@@ -41,6 +45,9 @@ def token_shift(
     sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state is not None and tuple(state.shape) != (sequences, x.shape[2]):
         raise FlameError(f"token_shift: state must be [N, C] = {(sequences, x.shape[2])}; got {tuple(state.shape)}.")
+    if shard is not None:
+        refuse_states("token_shift", state, output_final_state)
+        state = opening_states(shard.tail(x, 1)[:, 0], sequences)
     if pointwise_backend(x, backend) == "triton":
         from flame.kernels.token_shift import triton_shift  # imports triton, which a CPU does not need
 

@@ -111,6 +111,7 @@ class ABCAttention(Mixer):
             initial_state=cached(ctx, "normalizer"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "normalizer", normalizer)
         o = slot_attention(Slots(q, k, v, weight, log_decay, scale=q.shape[-1] ** -0.5), ctx)

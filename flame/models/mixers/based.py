@@ -68,6 +68,7 @@ class BasedLinearAttention(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         return self.o_proj(merge_heads(o))

@@ -84,6 +84,7 @@ class DeltaNet(DeltaMixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         return self.output(o, x)

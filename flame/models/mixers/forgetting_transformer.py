@@ -94,7 +94,7 @@ class ForgettingAttention(Mixer):
         k, v, log_forget = (
             self.with_cached(name, new, ctx) for name, new in (("k", k), ("v", v), ("forget", log_forget))
         )
-        o = merge_heads(forgetting_attention(q, k, v, log_forget, cu_seqlens=ctx.cu_seqlens))
+        o = merge_heads(forgetting_attention(q, k, v, log_forget, cu_seqlens=ctx.cu_seqlens, shard=ctx.shard))
         if c.use_output_gate:
             o = o * torch.sigmoid(self.g_proj(x).float()).to(o.dtype)
         return self.o_proj(o)

@@ -133,6 +133,7 @@ class GatedLinearAttention(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         norm = getattr(self, self.norm_name)

@@ -109,6 +109,7 @@ def slot_attention(slots: Slots, ctx: Context) -> Tensor:
         initial_state=cached(ctx, "key_state"),
         output_final_state=ctx.cache is not None,
         cu_seqlens=ctx.cu_seqlens,
+        shard=ctx.shard,
     )
     remember(ctx, "key_state", key_state)
     o, value_state = linear_attention(
@@ -120,6 +121,7 @@ def slot_attention(slots: Slots, ctx: Context) -> Tensor:
         initial_state=cached(ctx, "value_state"),
         output_final_state=ctx.cache is not None,
         cu_seqlens=ctx.cu_seqlens,
+        shard=ctx.shard,
     )
     remember(ctx, "value_state", value_state)
     return o

@@ -110,6 +110,7 @@ class HGRN(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         return self.o_proj(self.g_norm(h, self.g_proj(x)))

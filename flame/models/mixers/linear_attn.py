@@ -95,6 +95,7 @@ class LinearAttention(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         if c.norm_feature_map:
@@ -128,6 +129,7 @@ def weight_sum(q: Tensor, k: Tensor, ctx: Context) -> Tensor:
         initial_state=cached(ctx, "key_sum"),
         output_final_state=ctx.cache is not None,
         cu_seqlens=ctx.cu_seqlens,
+        shard=ctx.shard,
     )
     remember(ctx, "key_sum", state)
     total = total.unflatten(-1, k.shape[2:])[:, :, :, None]

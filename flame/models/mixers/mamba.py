@@ -147,7 +147,7 @@ class Mamba(Mixer):
             y, state = selective_scan_step(inputs)
             remember(ctx, "state", state)
             return y
-        y, final = selective_scan(**vars(inputs), output_final_state=ctx.cache is not None)
+        y, final = selective_scan(**vars(inputs), output_final_state=ctx.cache is not None, shard=ctx.shard)
         remember(ctx, "state", final)
         return y
 

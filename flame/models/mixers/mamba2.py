@@ -134,6 +134,7 @@ class Mamba2(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         skip = self.D.view(c.heads, -1)  # [H, 1] or [H, P]

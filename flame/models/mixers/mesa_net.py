@@ -92,6 +92,7 @@ class MesaNet(DeltaMixer):
             value_state=cached(ctx, "value_state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         if states is not None:
             remember(ctx, "key_state", states[0])

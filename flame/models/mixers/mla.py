@@ -87,6 +87,7 @@ class MultiheadLatentAttention(Mixer):
             scale=self.score_dim**-0.5,
             window=c.window_size,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
             max_seqlen=ctx.max_seqlen,
         )
         return self.o_proj(merge_heads(o))

@@ -115,7 +115,9 @@ class MixtureOfMemories(DeltaMixer):
                 packed[name] = routing.pack(getattr(self, f"shared_{name}")(x))
             else:
                 packed[name] = routing.pack_own([project(x) for project in getattr(self, f"{name}_proj")])
-        rows = self.remembered(packed, replace(ctx, cu_seqlens=routing.cu_seqlens), "")
+        streams = self.config.num_memories * x.shape[0]
+        shard = None if ctx.shard is None else replace(ctx.shard, streams=streams)
+        rows = self.remembered(packed, replace(ctx, cu_seqlens=routing.cu_seqlens, shard=shard), "")
         weighted = rows.squeeze(0) * routing.weight.to(rows.dtype)
         o = weighted.new_zeros(x.shape[0] * x.shape[1], *weighted.shape[1:])
         o = o.index_add(0, routing.token, weighted).view(*x.shape[:2], *weighted.shape[1:])
@@ -149,9 +151,12 @@ class MixtureOfMemories(DeltaMixer):
         M times the sum of their products, so it belongs to all layers together and every layer renews it."""
         c = self.config
         chosen = F.one_hot(choice, c.num_memories).float().mean(0)
+        means = torch.cat([chosen, probability.mean(0)[None]])
+        if ctx.shard is not None:  # the product below needs the means over whole rows
+            means = ctx.shard.mean(means)
         sums = {
-            "router_choices": chosen,
-            "router_probability": probability.mean(0),
+            "router_choices": means[:-1],
+            "router_probability": means[-1],
             "router_layers": chosen.new_ones(()),
         }
         for name, share in sums.items():
@@ -174,6 +179,7 @@ class MixtureOfMemories(DeltaMixer):
             initial_state=cached(ctx, f"{prefix}state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, f"{prefix}state", state)
         return o

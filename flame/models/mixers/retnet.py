@@ -97,6 +97,7 @@ class MultiScaleRetention(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         norm = getattr(self, self.norm_name)

@@ -161,6 +161,7 @@ class Rodimus(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         mixed = (o[:, :, 0] + y.float() * self.residual_weight.float()).to(x.dtype)
@@ -222,6 +223,7 @@ class SharedKeyAttention(Attention):
             scale=c.head_dim**-0.5,
             window=c.window_size,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
             max_seqlen=ctx.max_seqlen,
         )
         return self.o_proj(merge_heads(o))

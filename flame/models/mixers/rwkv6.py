@@ -164,7 +164,11 @@ class RWKV6Attention(Mixer):
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         heads = self.config.num_heads
         shift, last = token_shift(
-            x, state=cached(ctx, "shift"), output_final_state=ctx.cache is not None, cu_seqlens=ctx.cu_seqlens
+            x,
+            state=cached(ctx, "shift"),
+            output_final_state=ctx.cache is not None,
+            cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "shift", last)
         x_r, x_w, x_k, x_v, x_g = self.mixed_inputs(x, shift)
@@ -179,6 +183,7 @@ class RWKV6Attention(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         return self.o_proj(self.g_norm(merge_heads(o)) * F.silu(self.g_proj(x_g)))
@@ -229,7 +234,11 @@ class ChannelMix(nn.Module):
             assert ctx.positions is not None
             x = ranks.gather(x, len(ctx.positions))
         shift, last = token_shift(
-            x, state=cached(ctx, "ffn_shift"), output_final_state=ctx.cache is not None, cu_seqlens=ctx.cu_seqlens
+            x,
+            state=cached(ctx, "ffn_shift"),
+            output_final_state=ctx.cache is not None,
+            cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "ffn_shift", last)
         out = self.value(ACTIVATIONS[self.activation](self.key(x, shift)))

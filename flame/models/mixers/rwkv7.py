@@ -175,7 +175,11 @@ class RWKV7Attention(Mixer):
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         heads = self.config.heads
         shift, last = token_shift(
-            x, state=cached(ctx, "shift"), output_final_state=ctx.cache is not None, cu_seqlens=ctx.cu_seqlens
+            x,
+            state=cached(ctx, "shift"),
+            output_final_state=ctx.cache is not None,
+            cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "shift", last)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + shift * getattr(self, f"x_{stream}") for stream in STREAMS)
@@ -196,6 +200,7 @@ class RWKV7Attention(Mixer):
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "state", state)
         bonus = v * (r * k * self.r_k).sum(-1, keepdim=True)
@@ -260,7 +265,11 @@ class RWKV7ChannelMix(nn.Module):
             assert ctx.positions is not None
             x = self.ranks.gather(x, len(ctx.positions))
         shift, last = token_shift(
-            x, state=cached(ctx, "ffn_shift"), output_final_state=ctx.cache is not None, cu_seqlens=ctx.cu_seqlens
+            x,
+            state=cached(ctx, "ffn_shift"),
+            output_final_state=ctx.cache is not None,
+            cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember(ctx, "ffn_shift", last)
         out = self.value(ACTIVATIONS[self.activation](self.key(x + shift * self.x_k)))

@@ -97,6 +97,7 @@ class Attention(Mixer):
             scale=c.head_dim**-0.5,
             window=c.window_size,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
             max_seqlen=ctx.max_seqlen,
             sink=self.sinks,
         )

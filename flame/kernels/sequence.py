@@ -1,0 +1,273 @@
+"""Context parallelism: a sequence cut into equal contiguous parts over ranks, and what ranks must tell each other.
+
+Every op that mixes tokens takes a `SequenceShard` and then computes on this rank's tokens what it would have computed for
+them in the whole sequence. Recurrences pass on states, whose size does not depend on the length of the sequence:
+a rank's part of a document is an affine map of the state, ``S_out = A S_in + B``. Convolutions and token shifts pass on a
+few tokens, softmax attention gathers keys and values.
+
+All exchanges are differentiable and are called by all ranks of the group in the same order, whatever documents they hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+from flame.errors import FlameError
+
+GATHER_LIMIT = 8  # ranks up to which one all-gather of all states beats log2(ranks) rounds of one state each
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """This rank's part of a sequence: tokens [rank * T, (rank + 1) * T) of ranks * T.
+
+    Attributes:
+        group, rank, size: the ranks that hold the parts, in the order of the group.
+        before: [] int64, tokens of this rank's first document that earlier ranks hold; 0 if it begins here.
+        streams: packed documents of an op's call belong to this many streams, laid one after another with equally many
+            documents each; only the first document of a stream may have begun earlier, only the last may go on.
+        exchange: how states travel: 'gather' (one collective, every state to every rank), 'scan' (log2(ranks) rounds), or
+            None to choose by the number of ranks.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    before: Tensor
+    streams: int = 1
+    exchange: str | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceShard:
+        """The same shard with its tensor on `device`."""
+        return replace(self, before=self.before.to(device, non_blocking=non_blocking))
+
+    @property
+    def continues(self) -> Tensor:
+        """[] bool: whether this rank's first document began on an earlier rank."""
+        return self.before > 0
+
+    def holders(self, length: int) -> Tensor:
+        """[ranks] bool: which earlier ranks, of `length` tokens each, hold tokens of this rank's first document."""
+        distance = self.rank - 1 - torch.arange(self.size, device=self.before.device)
+        return (distance >= 0) & (self.before > distance * length)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[ranks, ...]: x of every rank. The gradient is the sum over ranks of those of this rank's slot."""
+        return _Gather.apply(x.contiguous()[None], self.group)
+
+    def keys(self, x: Tensor, window: int | None = None) -> Tensor:
+        """Own tokens [B, T, ...] -> [B, S + T, ...]: before them those that own queries may see.
+
+        They are the tokens of all earlier ranks or, where a window fits into one rank, that rank's last window - 1.
+        """
+        if window is None or window - 1 > x.shape[1]:
+            return self.gather(x)[: self.rank + 1].transpose(0, 1).flatten(1, 2)
+        before = self.shift(x[:, x.shape[1] - window + 1 :])
+        return torch.cat([before if self.rank else before[:, :0], x], 1)
+
+    def key_bounds(self, cu_seqlens: Tensor | None, earlier: int) -> Tensor | None:
+        """[n + 2] int32 bounds of this rank's documents among the tokens of `keys`, of which S = `earlier` are not own.
+
+        The first are those of tokens that lie before this rank's first document. None stays None.
+        """
+        if cu_seqlens is None:
+            return None
+        first = (earlier - self.before).clamp(min=0)
+        bounds = torch.cat([torch.zeros_like(first)[None], first[None], cu_seqlens[1:] + earlier])
+        return bounds.to(torch.int32)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over ranks, on all of them."""
+        return _Sum.apply(x, self.group) / self.size
+
+    def shift(self, x: Tensor, distance: int = 1) -> Tensor:
+        """x of the rank `distance` places earlier, zeros where there is none."""
+        return _Shift.apply(x, distance, self)
+
+    def carry(self, update: Tensor, factor: Tensor, matrix: bool = False) -> Tensor:
+        """The state before this rank's first token, from every rank's ``S_out = factor S_in + update``.
+
+        Args:
+            update: [G, ...] state of the last document at the end of this rank, computed from zero at its start.
+            factor: what this rank does to a state that it starts with, factors of the entries, of a shape that broadcasts
+                to update's; or with `matrix` [G, H, K, K], to be multiplied from the left. Zero if a document begins here.
+
+        Returns:
+            [G, ...] fp32, zero where this rank's first document begins here.
+        """
+        update, factor = wide(update), wide(factor) * self.continues
+        chosen = self.exchange or ("gather" if self.size <= GATHER_LIMIT else "scan")
+        incoming = (self._carry_by_gather if chosen == "gather" else self._carry_by_scan)(update, factor, matrix)
+        return incoming * self.continues
+
+    def _carry_by_gather(self, update: Tensor, factor: Tensor, matrix: bool) -> Tensor:
+        everything = self.gather(torch.cat([update.flatten(), factor.flatten()]))
+        updates, factors = everything.split([update.numel(), factor.numel()], 1)
+        # Zero, as a function of what was gathered: the first rank, too, takes part in the backward of the exchange.
+        state = updates[:0].sum(0).view_as(update)
+        for rank in range(self.rank):
+            state = apply_factor(factors[rank].view_as(factor), state, matrix) + updates[rank].view_as(update)
+        return state
+
+    def _carry_by_scan(self, update: Tensor, factor: Tensor, matrix: bool) -> Tensor:
+        """Hillis and Steele: after round j a rank knows the map over the 2^j ranks that end with it."""
+        distance = 1
+        while distance < self.size:
+            earlier = self.shift(torch.cat([update.flatten(), factor.flatten()]), distance)
+            own, other = (
+                part.view_as(x) for part, x in zip(earlier.split([update.numel(), factor.numel()]), (update, factor))
+            )
+            update = apply_factor(factor, own, matrix) + update
+            if 2 * distance < self.size:
+                factor = apply_factor(factor, other, matrix)
+            distance *= 2
+        return self.shift(update)
+
+    def tail(self, x: Tensor, width: int) -> Tensor:
+        """The `width` tokens [B, width, C] before this rank's first one, zeros where they belong to other documents.
+
+        Raises:
+            FlameError: a rank has fewer tokens than that.
+        """
+        if x.shape[1] < width:
+            raise FlameError(
+                f"context parallel: {width} earlier tokens are needed and a rank holds only {x.shape[1]}; use longer "
+                f"sequences or fewer ranks."
+            )
+        received = self.shift(x[:, x.shape[1] - width :])
+        distance = torch.arange(width, 0, -1, device=x.device)
+        return torch.where((distance <= self.before)[:, None], received, 0.0)
+
+
+def apply_factor(factor: Tensor, state: Tensor, matrix: bool) -> Tensor:
+    return factor @ state if matrix else factor * state
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def opening_states(incoming: Tensor, sequences: int) -> Tensor:
+    """[G, ...] -> [N, ...]: the state that each stream starts with for its first document, zero for the others."""
+    documents = sequences // incoming.shape[0]
+    if documents == 1:
+        return incoming
+    others = incoming.new_zeros(incoming.shape[0], documents - 1, *incoming.shape[1:])
+    return torch.cat([incoming[:, None], others], 1).flatten(0, 1)
+
+
+def closing_states(final: Tensor, streams: int) -> Tensor:
+    """[N, ...] -> [G, ...]: the state of every stream's last document."""
+    return final.unflatten(0, (streams, -1))[:, -1]
+
+
+def first_document(tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
+    """[T] bool: the tokens of a row's first document; None when rows are documents."""
+    if cu_seqlens is None:
+        return None
+    return torch.arange(tokens, device=device) < cu_seqlens[1]
+
+
+def cut_sequence(
+    group: dist.ProcessGroup,
+    length: int,
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    exchange: str | None = None,
+) -> tuple[SequenceShard, Tensor | None]:
+    """This rank's shard of rows of `length` tokens, and the bounds of the documents in its part.
+
+    Args:
+        cu_seqlens: [N + 1] bounds in the whole row. Read on the host, so keep them there until here.
+        device: of the tensors that are returned.
+        exchange: see `SequenceShard`.
+
+    Returns:
+        the shard, and [n + 1] int32 bounds of the documents that have tokens here, or None without cu_seqlens.
+
+    Raises:
+        FlameError: the ranks do not divide the length.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if length % size:
+        raise FlameError(
+            f"context parallel: {size} ranks cannot share {length} tokens equally; choose a length that they divide."
+        )
+    start, end = rank * (length // size), (rank + 1) * (length // size)
+    if cu_seqlens is None:
+        return SequenceShard(group, rank, size, torch.tensor(start, device=device), exchange=exchange), None
+    bounds = cu_seqlens.tolist()
+    if bounds[-1] != length:
+        raise FlameError(f"context parallel: cu_seqlens end at {bounds[-1]}, the row has {length} tokens.")
+    before = start - max(bound for bound in bounds if bound <= start)
+    inner = sorted({bound - start for bound in bounds if start < bound < end})
+    local = torch.tensor([0, *inner, end - start], dtype=torch.int32)
+    shard = SequenceShard(group, rank, size, torch.tensor(before, device=device), exchange=exchange)
+    return shard, local.to(device)
+
+
+def refuse_states(op: str, *states: Any) -> None:
+    """A shard brings the state; raise FlameError if the caller gives or wants one too."""
+    if any(state is not None and state is not False for state in states):
+        raise FlameError(
+            f"{op}: with a sequence shard, states come from and go to the other ranks; give and ask for none."
+        )
+
+
+class _Gather(torch.autograd.Function):
+    """[1, ...] of every rank below one another; backwards, the sum over ranks of the gradients of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(collectives.all_gather_tensor(x, 0, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        summed = collectives.reduce_scatter_tensor(grads[0].contiguous(), "sum", 0, ctx.group)
+        return collectives.wait_tensor(summed), None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; each rank uses it for its own tokens, so gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+
+
+class _Shift(torch.autograd.Function):
+    """One message to the rank `distance` later; backwards, one to the rank as much earlier."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, distance: int, shard: SequenceShard) -> Tensor:
+        ctx.distance, ctx.shard = distance, shard
+        return _send(x, distance, shard)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _send(grads[0], -ctx.distance, ctx.shard), None, None
+
+
+def _send(x: Tensor, distance: int, shard: SequenceShard) -> Tensor:
+    """An all-to-all of which only one pair of messages is not empty: a form that compilers understand."""
+    sends, receives = [0] * shard.size, [0] * shard.size
+    to, source = shard.rank + distance, shard.rank - distance
+    flat = x.contiguous().flatten()
+    if 0 <= to < shard.size:
+        sends[to] = flat.numel()
+    if 0 <= source < shard.size:
+        receives[source] = flat.numel()
+    received = collectives.wait_tensor(collectives.all_to_all_single(flat[: sum(sends)], receives, sends, shard.group))
+    return received.view_as(x) if sum(receives) else torch.zeros_like(x)
