@@ -139,5 +139,6 @@ def prepares() -> list[tiles.Tile]:
 
 
 def finishes() -> list[tiles.Tile]:
-    rows = [(64, 8, 1), (64, 8, 3), (32, 4, 0), (32, 4, 1), (32, 4, 2), (32, 4, 3), (32, 8, 0), (32, 8, 3)]
-    return [{"BK": bk, "num_warps": warps, "DOTS": dots} for bk, warps, dots in rows]
+    rows = [(64, 8, 3, 0), (64, 8, 2, 0), (32, 4, 3, 0), (32, 4, 3, 1), (32, 4, 2, 0), (32, 4, 1, 0), (32, 4, 3, 3)]
+    rows += [(32, 8, 3, 0), (16, 4, 3, 0), (16, 4, 2, 0), (16, 4, 3, 1)]
+    return [{"BK": bk, "num_warps": warps, "num_stages": stages, "DOTS": dots} for bk, warps, stages, dots in rows]

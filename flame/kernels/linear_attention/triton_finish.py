@@ -14,7 +14,7 @@ from flame.kernels.linear_attention.triton_vector import LIMIT, level_factor, le
 def finish(
     q_ptr,  # [T, HQ, K]
     k_ptr,  # [T, HK, K]
-    dscores_ptr,  # [T, H, BT] gradient of the scores from `inter_sweep`, scaled, no mask
+    dscores_ptr,  # [T, H, BT] gradient of the scores from `inter_sweep`, scaled, 0 above the diagonal
     decay_ptr,  # [T, HG, K]
     bonus_ptr,  # [H, K]
     dqs_ptr,  # [T, H, K] fp32 gradient of qs from `inter_sweep`, scaled
@@ -68,12 +68,7 @@ def finish(
     local = tl.arange(0, BT)
     diagonal = local[:, None] == local[None, :]
     if BONUS:
-        keep_pair = local[:, None] > local[None, :]
-        keep_transposed = local[:, None] < local[None, :]
         bonus = tl.load(bonus_ptr + head * K + columns, mask=in_k, other=0.0).to(tl.float32)
-    else:
-        keep_pair = local[:, None] >= local[None, :]
-        keep_transposed = local[:, None] <= local[None, :]
     PER_BLOCK: tl.constexpr = ANCHOR // BT
     chunks = tl.cdiv(length, BT)
     for block in range(tl.program_id(1), tl.cdiv(chunks, PER_BLOCK), tl.num_programs(1)):
@@ -114,8 +109,7 @@ def finish(
             dqs = tl.load(dqs_ptr + at, mask=inside, other=0.0).to(tl.float32)
             dq = dqs * reader
             if WRITERS:
-                at_scores = dscores_ptr + rows[None, :] * (H * BT) + local[:, None]
-                dscores_transposed = tl.load(at_scores, mask=keep[None, :], other=0.0)
+                dscores_transposed = tl.trans(dscores)
                 q = load_rows(q_ptr, rows, stride_qt, columns, keep, K, BK)
                 dks = tl.load(dks_ptr + at, mask=inside, other=0.0).to(tl.float32)
                 dk = dks * writer
@@ -127,12 +121,16 @@ def finish(
             if not STRONG:
                 unscale = tl.exp2(-whole)[None, :]
                 near_k = (k * writer).to(DOT)
-                part = tl.dot(tl.where(keep_pair, dscores, 0.0), near_k, input_precision=PRECISION)
+                if BONUS:
+                    part = tl.dot(tl.where(diagonal, 0.0, dscores), near_k, input_precision=PRECISION)
+                else:
+                    part = tl.dot(dscores, near_k, input_precision=PRECISION)
                 dq += part * (reader * unscale)
                 if WRITERS:
                     near_q = (q * (reader * unscale)).to(DOT)
-                    other = tl.where(keep_transposed, dscores_transposed, 0.0)
-                    other = tl.dot(other, near_q, input_precision=PRECISION)
+                    if BONUS:
+                        dscores_transposed = tl.where(diagonal, 0.0, dscores_transposed)
+                    other = tl.dot(dscores_transposed, near_q, input_precision=PRECISION)
                     dk += other * writer
                     if DECAY_GRADIENT:
                         near_read = near_q.to(tl.float32) * part

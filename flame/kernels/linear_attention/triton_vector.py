@@ -395,6 +395,8 @@ def inter_sweep(
             y = tl.dot(a, (state - rounded.to(tl.float32)).to(DOT), y, input_precision=PRECISION)
         if not REVERSE:
             dscores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * scale
+            # Zeros above the diagonal, so that `finish` may feed them to its dots as they are.
+            dscores = tl.where(local[:, None] >= local[None, :], dscores, 0.0)
             at_scores = dscores_ptr + ((start + rows)[:, None] * H + head) * BT + local[None, :]
             # Every tile has them; each writes its share of the rows.
             mine = keep & (local % tl.num_programs(0) == tl.program_id(0))
