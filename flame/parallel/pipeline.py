@@ -99,7 +99,9 @@ class Pipeline(nn.Module):
         """
         schedule = self.schedule(len(batches), *batches[0].input_ids.shape)
         for part in self.own:
-            part.work = (Work(b.input_ids, b.labels, b.cu_seqlens, b.max_seqlen, tokens, shard=b.shard) for b in batches)
+            part.work = (
+                Work(b.input_ids, b.labels, b.cu_seqlens, b.max_seqlen, tokens, shard=b.shard) for b in batches
+            )
         losses: list[Tensor] = []
         # What the schedule cuts into micro-batches is of no meaning: stages take their work themselves.
         tickets = torch.zeros(len(batches), device=self.device)

@@ -78,6 +78,14 @@ def test_converged_solve_has_the_value_and_gradient_of_the_exact_one():
         torch.testing.assert_close(got, expected)
 
 
+def test_gradients_are_linear_in_the_loss_however_small():
+    inputs = make_inputs(T=20)
+    whole = torch.autograd.grad(mesa(**inputs)[0].square().sum(), list(inputs.values()))
+    small = torch.autograd.grad(mesa(**inputs)[0].square().sum() * 1e-7, list(inputs.values()))
+    for name, expected, found in zip(inputs, whole, small):
+        torch.testing.assert_close(found * 1e7, expected, rtol=1e-8, atol=1e-10, msg=name)
+
+
 def test_one_step_moves_along_the_right_side():
     right = torch.tensor([[1.0, 2.0]])
     x = conjugate_gradients(lambda x: x * torch.tensor([2.0, 4.0]), right, steps=1)

@@ -61,9 +61,7 @@ def elementwise_scan(
     return h, final if output_final_state else None
 
 
-def _part(
-    x: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str | None, shard: SequenceShard
-) -> Tensor:
+def _part(x: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str | None, shard: SequenceShard) -> Tensor:
     """The scan from zero, plus what is left of the incoming state at each token of the first document."""
     h, final = elementwise_scan(x, log_decay, output_final_state=True, cu_seqlens=cu_seqlens, backend=backend)
     assert final is not None

@@ -66,7 +66,9 @@ def forgetting_attention(  # noqa: PLR0913 (one op)
     if chosen == "triton" and (backend is not None or _tiled(q, v)):
         from flame.kernels.softmax_attention import triton_flash  # imports triton, which a CPU does not need
 
-        return triton_flash.tiled_attention(q, k, v, log_forget=log_forget, scale=scale, cu_seqlens=cu_seqlens, prune=prune)
+        return triton_flash.tiled_attention(
+            q, k, v, log_forget=log_forget, scale=scale, cu_seqlens=cu_seqlens, prune=prune
+        )
     form = reference if chosen == "reference" else chunked
     return form.forgetting_attention(q, k, v, log_forget, scale, cu_seqlens)
 

@@ -28,6 +28,7 @@ def mesa(  # noqa: PLR0913 (one op)
     value_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    scale_gradient: bool = True,
     backend: str | None = None,
     shard: SequenceShard | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -47,6 +48,8 @@ def mesa(  # noqa: PLR0913 (one op)
         key_state, value_state: H [N, H, K, K] and G [N, H, K, V] before the first token, fp32; zero when None.
         output_final_state: also return both states after the last token.
         cu_seqlens: [N + 1] int32 bounds of the documents packed into the one row of B = 1.
+        scale_gradient: solve for gradients brought to length one, so that their size does not matter. False is the
+            reference's way, where those of a loss averaged over many tokens all but vanish beside the 1e-5.
         backend: 'chunked' or 'reference'; None chooses by device (see `select_backend`).
         shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
             cu_seqlens being the bounds in this part. Excludes states.
@@ -57,7 +60,7 @@ def mesa(  # noqa: PLR0913 (one op)
     Raises:
         FlameError: shapes that do not fit, or steps < 1.
     """
-    p = Problem(q, k, v, log_decay, beta, regularizer, steps, key_state, value_state, cu_seqlens)
+    p = Problem(q, k, v, log_decay, beta, regularizer, steps, key_state, value_state, cu_seqlens, scale_gradient)
     check(p)
     if shard is not None:
         from flame.kernels.mesa.sharded import states_before

@@ -29,7 +29,7 @@ def chunked(p: Problem) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     def operator(x: Tensor) -> Tensor:
         return (read * x) @ keys.mT + ((x @ k.mT) * weight) @ k + ridge * x
 
-    x = solve(operator, q, p.steps)
+    x = solve(operator, q, p.steps, p.scale_gradient)
     o = (read * x) @ values + ((x @ k.mT) * weight) @ v
     return join(o, tokens, table).to(p.v.dtype), (final[..., :K], final[..., K:])
 

@@ -24,6 +24,7 @@ class Problem:
     key_state: Tensor | None
     value_state: Tensor | None
     cu_seqlens: Tensor | None
+    scale_gradient: bool = True
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -41,5 +41,5 @@ def _sequence(p: Problem, start: int, stop: int, keys: Tensor, values: Tensor) -
     def operator(x: Tensor) -> Tensor:
         return torch.einsum("bthij,bthj->bthi", matrices, x) + ridge * x
 
-    x = solve(operator, q, p.steps)
+    x = solve(operator, q, p.steps, p.scale_gradient)
     return torch.einsum("bthk,bthkv->bthv", x, torch.stack(all_values, 1)), (keys, values)

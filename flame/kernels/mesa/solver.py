@@ -27,27 +27,38 @@ def conjugate_gradients(operator: Operator, right: Tensor, steps: int, eps: floa
     return x
 
 
-def solve(operator: Operator, right: Tensor, steps: int, eps: float = EPS) -> Tensor:
+def solve(operator: Operator, right: Tensor, steps: int, scale_gradient: bool = True, eps: float = EPS) -> Tensor:
     """x with operator(x) = right, differentiable in `right` and in whatever tensors `operator` reads.
 
     The gradient is that of the exact solution and not of the steps: with A x = b, ``dx = A^-1 (db - dA x)``. So the
     graph is built on the residual ``b - A x`` at the found x, and the backward solves once more with the same steps.
+
+    Args:
+        scale_gradient: solve for gradients of length one, so that their size does not matter.
     """
     with torch.no_grad():
         x = conjugate_gradients(operator, right, steps, eps)
     if not torch.is_grad_enabled():
         return x
-    return _Implicit.apply(right - operator(x), x, operator, steps, eps)
+    return _Implicit.apply(right - operator(x), x, operator, (steps, eps), scale_gradient)
 
 
 class _Implicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, operator: Operator, steps: int, eps: float) -> Tensor:
-        ctx.operator, ctx.steps, ctx.eps = operator, steps, eps
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, operator: Operator, solver: tuple[int, float], scale_gradient: bool
+    ) -> Tensor:
+        ctx.operator, ctx.solver, ctx.scale_gradient = operator, solver, scale_gradient
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            dresidual = conjugate_gradients(ctx.operator, gradients[0], ctx.steps, ctx.eps)
-        return dresidual, None, None, None, None
+            gradient, length = gradients[0], None
+            if ctx.scale_gradient:
+                # eps is meant for rows of length one, which queries are. Gradients are as small as the number of tokens
+                # in the loss makes them, and must not be lost in it: the solution is linear in them.
+                length = gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+                gradient = gradient / length
+            dresidual = conjugate_gradients(ctx.operator, gradient, *ctx.solver)
+        return dresidual if length is None else length * dresidual, None, None, None, None

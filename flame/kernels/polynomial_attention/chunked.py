@@ -88,7 +88,9 @@ def _chunk_states(
     sums = written.flatten(0, 1)  # [B * H, NC, F, V + 1]
     if initial_state is not None:
         kept_on = (last[0] == ids[0, 0]).to(v1.dtype)  # the document that it belongs to may end in the first chunk
-        sums = torch.cat((sums[:, :1] + kept_on * initial_state.to(v1.dtype).flatten(0, 1)[:, None], sums[:, 1:]), dim=1)
+        sums = torch.cat(
+            (sums[:, :1] + kept_on * initial_state.to(v1.dtype).flatten(0, 1)[:, None], sums[:, 1:]), dim=1
+        )
     sums = linear_scan(decay.expand_as(sums), sums)
     first = torch.zeros_like(sums[:, :1])
     if initial_state is not None:

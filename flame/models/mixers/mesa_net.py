@@ -23,7 +23,9 @@ from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 @dataclass(kw_only=True)
 class MesaNetConfig(ModelConfig):
-    """max_cg_step_* are the solver's steps on sequences and on single cached tokens; use_short_conv changes nothing."""
+    """max_cg_step_* are the solver's steps on sequences and on single cached tokens; use_short_conv changes nothing.
+    scale_solver_gradient keeps small gradients from vanishing in the solver (see `flame.kernels.mesa`); the reference, and so
+    the default, does not."""
 
     model_type: ClassVar[str] = "mesa_net"
 
@@ -36,6 +38,7 @@ class MesaNetConfig(ModelConfig):
     lambda_lower_bound: float = 0.25
     max_cg_step_training: int = 30
     max_cg_step_decoding: int = 30
+    scale_solver_gradient: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +95,7 @@ class MesaNet(DeltaMixer):
             value_state=cached(ctx, "value_state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            scale_gradient=c.scale_solver_gradient,
             shard=ctx.shard,
         )
         if states is not None:
