@@ -177,7 +177,7 @@ def as_two_steps(p: Untied) -> Tied:
         k=rows(-p.b, p.k),
         v=rows(torch.zeros_like(p.v), p.v),
         beta=None,
-        decay=rows(p.decay, torch.zeros_like(p.decay)),
+        decay=rows(p.decay.float(), torch.zeros_like(p.decay, dtype=torch.float32)),
         erase=rows(p.a, nothing),
         exclusive=True,
         normalize=False,

@@ -352,49 +352,115 @@ def key_decay_row_gradients(
     at_value = (start * H + head) * V
     at_key = (start * H + head) * K
     total_ptr += at_key
+    # The decay's own gradient would need all of dq, da and dk at once; it is gathered as each of them is done.
     dq = tl.zeros([C, TK], tl.float32)
     da = tl.zeros([C, TK], tl.float32)
-    dk = tl.zeros([C, TK], tl.float32)
     overlap = tl.zeros([TK], tl.float32)  # <S, dS'> by key
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
         inside = column < V
         do = tile_of(do_ptr, row, stride_ot, column, keep, inside, V % BV == 0)
         du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
         state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
         da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
-        dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
         overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    q = tile_of(
-        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K % TK == 0
-    )
-    k = tile_of(
-        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K % TK == 0
-    )
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
+    if ERASE:
+        a_ptr += start * stride_at + (head // GROUP) * stride_ah
+    square = block * (C * C)
+    beta = tl.load(vector + BETA * C)
+    k_length = tl.load(vector + K_LENGTH * C)
+    a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
+    pivot_at = total_ptr + pivot_row(length, C) * H * K + channel
+    sums = sum_ptr + block * (SUMS * C) + row
+    own = tl.load(sums + OWN * C)
+    mask = keep[:, None] & in_keys[None, :]
+
+    # dq and da.
     total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
-    whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
     read = total
     if EXCLUSIVE:
         read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, K % TK == 0)
-    beta = tl.load(vector + BETA * C)
+    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
     q_length = tl.load(vector + Q_LENGTH * C)  # scale included
-    k_length = tl.load(vector + K_LENGTH * C)
-    a = k
-    a_length = k_length
-    if ERASE:
-        a_ptr += start * stride_at + (head // GROUP) * stride_ah
-        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0)
-        a_length = tl.load(vector + A_LENGTH * C)
-    dq = dq * (tl.exp2(total) * q_length[:, None])
-    da = da * (tl.exp2(read) * -a_length[:, None])
-    dk = dk * (tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None])
-    dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk, 0)
-    square = block * (C * C)
     dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
     dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
+    if HALVES:
+        dq = dq * (tl.exp2(total) * q_length[:, None])
+        da = da * (tl.exp2(read) * -a_length[:, None])
+        half = C // 2
+        while half > 0:
+            pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
+            chosen = pairs(row, half)
+            decay = tl.exp2(-tl.abs(total - pivot))
+            key = (k * decay).to(dtype)
+            dq += decay * tl.dot(tl.where(chosen, dscores, 0.0), key, input_precision=DOT)
+            change = tl.dot(tl.where(chosen, dsystem, 0.0), key, input_precision=DOT)
+            da += tl.exp2(tl.minimum(read - pivot, 0.0)) * change
+            half = half // 2
+    else:
+        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
+        key = (k * tl.exp2(pivot[None, :] - total)).to(dtype)
+        opened = tl.exp2(pivot)[None, :]
+        # What the state gives is decayed from the chunk's start: by e^p more than what the keys give.
+        dq = tl.dot(dscores, key, dq * (opened * q_length[:, None]), input_precision=DOT)
+        da = tl.dot(dsystem, key, da * (opened * -a_length[:, None]), input_precision=DOT)
+        dq = dq * tl.exp2(total - pivot[None, :])
+        da = da * tl.exp2(read - pivot[None, :])
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0).to(tl.float32)
+    dtotal = q * dq
+    dq += own[:, None] * k
+    at = row[:, None] * (H * K) + channel[None, :]
+    o_do = tl.load(sums + O_DO * C)
+    store_rows(dq_ptr + at_key, dq, q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
+    a = k
+    if ERASE:
+        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0)
+    erased = a * da
+    v_du = tl.load(sums + V_DU * C)
+    if HAS_BETA:
+        part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
+        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + tl.sum(erased, 1), mask=keep)
+    da = da * beta[:, None]
+    erased = erased * beta[:, None]
+    dtotal += erased
+    w_du = tl.load(sums + W_DU * C)
+    along = w_du
+    if EXCLUSIVE:
+        # The erase read does not see its own row's decay.
+        ddecay = tl.sum(dtotal, 0)[None, :] - tl.cumsum(dtotal, 0) + dtotal - erased
+        tl.store(ddecay_ptr + at_key + at, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
+        dtotal = tl.zeros([C, TK], tl.float32)
+    if ERASE:
+        along_a = w_du - v_du * beta
+        store_rows(da_ptr + at_key, da, a, a_length, along_a, row, H * K, channel, mask, NORMALIZE)
+        da = tl.zeros([C, TK], tl.float32)
+    else:
+        along = 2.0 * w_du - v_du * beta
+
+    # dk, which `da` joins where the erase key is the key.
+    dk = tl.zeros([C, TK], tl.float32)
+    for offset in range(0, V, BV):
+        column = offset + tl.arange(0, BV)
+        inside = column < V
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
+        dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
+    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
+    whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
+    dk = dk * (tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None])
+    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0).to(tl.float32)
+    dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk, 0)
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
+    read = total
+    if EXCLUSIVE:
+        read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, K % TK == 0)
+    erase = k
+    if ERASE:
+        erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0).to(tl.float32)
     dscores_t = tl.load(dscore_ptr + square + row[:, None] + row[None, :] * C)
     dsystem_t = tl.load(dsystem_ptr + square + row[:, None] + row[None, :] * C)
     dsystem_t = (dsystem_t * beta[None, :]).to(dtype)
@@ -402,56 +468,24 @@ def key_decay_row_gradients(
         half = C // 2
         while half > 0:
             pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
-            decay = tl.exp2(-tl.abs(total - pivot))
-            erase_decay = tl.exp2(tl.minimum(read - pivot, 0.0))
-            chosen = pairs(row, half)
-            key = (k * decay).to(dtype)
-            dq += decay * tl.dot(tl.where(chosen, dscores, 0.0), key, input_precision=DOT)
-            da += erase_decay * tl.dot(tl.where(chosen, dsystem, 0.0), key, input_precision=DOT)
             chosen = pairs_transposed(row, half)
+            decay = tl.exp2(-tl.abs(total - pivot))
             change = tl.dot(tl.where(chosen, dscores_t, 0.0), (q * decay).to(dtype), input_precision=DOT)
-            erase = (a * erase_decay).to(dtype)
-            change = tl.dot(tl.where(chosen, dsystem_t, 0.0), erase, change, input_precision=DOT)
+            right = (erase * tl.exp2(tl.minimum(read - pivot, 0.0))).to(dtype)
+            change = tl.dot(tl.where(chosen, dsystem_t, 0.0), right, change, input_precision=DOT)
             dk += decay * change
             half = half // 2
     else:
-        pivot = tl.load(total_ptr + pivot_row(length, C) * H * K + channel, mask=in_keys, other=0.0)
-        up = tl.exp2(total - pivot[None, :])
-        down = tl.exp2(pivot[None, :] - total)
-        erase_up = tl.exp2(read - pivot[None, :])
-        key = (k * down).to(dtype)
-        dq += up * tl.dot(dscores, key, input_precision=DOT)
-        da += erase_up * tl.dot(dsystem, key, input_precision=DOT)
-        change = tl.dot(dscores_t, (q * up).to(dtype), input_precision=DOT)
-        dk += down * tl.dot(dsystem_t, (a * erase_up).to(dtype), change, input_precision=DOT)
-
-    wide_q = q.to(tl.float32)
-    wide_k = k.to(tl.float32)
-    wide_a = a.to(tl.float32)
-    sums = sum_ptr + block * (SUMS * C) + row
-    if HAS_BETA:
-        v_du = tl.load(sums + V_DU * C)
-        part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
-        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + tl.sum(wide_a * da, 1), mask=keep)
-    da = da * beta[:, None]
-    erased = wide_a * da
-    dtotal = wide_q * dq - wide_k * dk + erased
+        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
+        change = tl.dot(dscores_t, (q * tl.exp2(total - pivot[None, :])).to(dtype), input_precision=DOT)
+        right = (erase * tl.exp2(read - pivot[None, :])).to(dtype)
+        change = tl.dot(dsystem_t, right, change, input_precision=DOT)
+        dk += tl.exp2(pivot[None, :] - total) * change
+    dtotal -= k * dk
     ddecay = (tl.sum(dtotal, 0) + dwhole)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
     if EXCLUSIVE:
-        ddecay -= erased
-    mask = keep[:, None] & in_keys[None, :]
-    at = ddecay_ptr + at_key + row[:, None] * (H * K) + channel[None, :]
-    tl.store(at, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
-    own = tl.load(sums + OWN * C)
-    dq += own[:, None] * wide_k
-    dk += own[:, None] * wide_q
-    o_do = tl.load(sums + O_DO * C)
-    w_du = tl.load(sums + W_DU * C)
-    erase_along = w_du - tl.load(sums + V_DU * C) * beta
-    store_rows(dq_ptr + at_key, dq, wide_q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
-    if ERASE:
-        store_rows(da_ptr + at_key, da, wide_a, a_length, erase_along, row, H * K, channel, mask, NORMALIZE)
-        store_rows(dk_ptr + at_key, dk, wide_k, k_length, w_du, row, H * K, channel, mask, NORMALIZE)
-    else:
-        along = w_du + erase_along
-        store_rows(dk_ptr + at_key, dk + da, wide_k, k_length, along, row, H * K, channel, mask, NORMALIZE)
+        tl.debug_barrier()  # other threads may have stored what this one loads
+        ddecay += tl.load(ddecay_ptr + at_key + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ddecay_ptr + at_key + at, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
+    dk += own[:, None] * q + da
+    store_rows(dk_ptr + at_key, dk, k, k_length, along, row, H * K, channel, mask, NORMALIZE)

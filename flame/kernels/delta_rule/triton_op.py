@@ -231,9 +231,11 @@ def run_forward(
     width = c.V + c.K if maps else c.V
     grid = (triton.cdiv(width, tile["BV"]), c.cut.num_items * c.H)
     before, writes = (None, None) if states is None else states
+    # Without a decay, one of e^0 is faster: ptxas then keeps the products in flight.
+    kind = c.kind() | {"DECAY": max(c.decay_kind, SCALAR.value)}
     forward_sweep[grid](
         c.q, c.k, c.v, c.k if c.erase is None else c.erase, *p.tables(), initial, final, o, before, writes,
-        **c.strides("q", "k", "a", "v"), **c.sizes(), **c.kind(), OUTPUT=o is not None, STATES=states is not None,
+        **c.strides("q", "k", "a", "v"), **c.sizes(), **kind, OUTPUT=o is not None, STATES=states is not None,
         MAP=maps, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None and not maps, DOT=c.precision(), **tile,
     )  # fmt: skip
 

@@ -231,6 +231,8 @@ def prepare(
         tl.store(vector + BETA * C, beta)
         total = tl.zeros([BLOCK], tl.float32)
         read = total
+        if DECAY == NONE:
+            tl.store(vector + TOTAL * C, total)
         if DECAY == SCALAR:
             log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
             total = before + tl.cumsum(log, 0)
