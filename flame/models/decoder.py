@@ -166,13 +166,17 @@ class CausalLM(nn.Module):
             )
         hidden, carried = self.decoder(input_ids, cu_seqlens, cache, max_seqlen, shard)
         if labels is None:
-            return CausalLMOutput(logits=self.logits(hidden)[:, : input_ids.shape[1]], cache=cache)
+            return CausalLMOutput(logits=self.logits(hidden, input_ids.shape[1]), cache=cache)
         return CausalLMOutput(loss_sum=self.loss_sum(hidden, labels, carried), cache=cache)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, T, V] of hidden states [B, T, D]; a stream may be wider than the weights (Mamba's `residual_in_fp32`)."""
+    def logits(self, hidden: Tensor, length: int) -> Tensor:
+        """[B, T, V] of hidden states [B, T, D]; a stream may be wider than the weights (Mamba's `residual_in_fp32`).
+
+        Args:
+            length: T, which a tensor-parallel rank's own hidden states do not tell.
+        """
         hidden, ranks = hidden.to(self.lm_head.weight.dtype), self.ranks
-        return self.lm_head(hidden) if ranks is None else ranks.join(self.lm_head(ranks.gather(hidden)))
+        return self.lm_head(hidden) if ranks is None else ranks.join(self.lm_head(ranks.gather(hidden, length)))
 
     def loss_sum(self, hidden: Tensor, labels: Tensor, carried: dict[str, Tensor]) -> Tensor:
         """fp32 scalar, summed over valid tokens, of hidden states [B, T, D] and what the last block carried."""

@@ -213,11 +213,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ranks is not None:
-            x = self.ranks.gather(x)
+            x = self.ranks.gather_any(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         hidden = powlu(gate) * up if self.activation == "powlu" else swiglu(gate, up)
         out = self.down_proj(hidden)
-        return out if self.ranks is None else self.ranks.scatter(out)
+        return out if self.ranks is None else self.ranks.scatter_any(out)
 
 
 def powlu(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """How a model is split over tensor-parallel ranks: plans, this rank's view of weights, and the four exchanges.
 
 Megatron's scheme (Shoeybi et al., 1909.08053) with sequence parallelism (Korthikanti et al., 2205.05198): between layers a
-rank holds its own tokens of the residual stream; a layer gathers all tokens, works on its own heads or channels, and its
-output is summed over ranks while tokens are dealt out again.
+rank holds its own tokens of the residual stream (whole rows of the batch where ranks divide them, else a part of every
+row); a layer gathers all tokens, works on its own heads or channels, and its output is summed over ranks while tokens are
+dealt out again.
 
 One rule makes every gradient right. Between gather and scatter, the gradient that a rank has of anything all ranks hold
 alike (activations and weights) is its own share, and shares add up to the whole: over activations when the gather runs
@@ -34,18 +35,37 @@ class TensorParallel:
     rank: int
     size: int
 
-    def gather(self, x: Tensor, length: int | None = None) -> Tensor:
-        """Own tokens [B, ceil(T / ranks), D] -> all tokens [B, T, D]; a last rank's padding is cut off if T is given."""
-        whole = _Gather.apply(x.transpose(0, 1), self.group).transpose(0, 1)
-        return whole if length is None else whole[:, :length]
+    def by_rows(self, rows: int, length: int) -> bool:
+        """Whether whole rows of a batch are dealt to ranks, else every row's tokens, padded to a multiple of the ranks."""
+        return length > 1 and rows % self.size == 0
+
+    def gather(self, x: Tensor, length: int) -> Tensor:
+        """Own tokens [B / ranks, T, D] or [B, ceil(T / ranks), D] -> all tokens [B, T, D]; `length` is T."""
+        if x.shape[1] == length > 1:
+            return _Gather.apply(x, self.group)
+        return _Gather.apply(x.transpose(0, 1), self.group).transpose(0, 1)[:, :length]
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Each rank's addend [B, T, D] -> own tokens of the sum [B, ceil(T / ranks), D]."""
+        """Each rank's addend [B, T, D] -> own tokens of the sum."""
+        if self.by_rows(*x.shape[:2]):
+            return _Scatter.apply(x, self.group)
         return _Scatter.apply(self._padded(x).transpose(0, 1), self.group).transpose(0, 1)
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        """Own tokens [B, ceil(T / ranks), D] of what all ranks hold alike [B, T, D]."""
-        return self._padded(x).chunk(self.size, 1)[self.rank]
+        """Own tokens of what all ranks hold alike [B, T, D]."""
+        return self._padded(x).chunk(self.size, 0 if self.by_rows(*x.shape[:2]) else 1)[self.rank]
+
+    def own_shape(self, rows: int, length: int) -> tuple[int, int]:
+        """Leading dimensions of the stream on a rank, for a batch [rows, length]."""
+        return (rows // self.size, length) if self.by_rows(rows, length) else (rows, -(-length // self.size))
+
+    def gather_any(self, x: Tensor) -> Tensor:
+        """Own tokens [b, t, D] -> all tokens [ranks * b, t, D], in an order of no meaning; for layers that mix none."""
+        return _Gather.apply(x, self.group)
+
+    def scatter_any(self, x: Tensor) -> Tensor:
+        """The sum of every rank's addend for `gather_any`'s tokens -> own ones."""
+        return _Scatter.apply(x, self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's addend, on all ranks."""
@@ -64,13 +84,12 @@ class TensorParallel:
         return x / self.size + (x - x / self.size).detach()
 
     def _padded(self, x: Tensor) -> Tensor:
-        missing = -x.shape[1] % self.size
+        missing = 0 if self.by_rows(*x.shape[:2]) else -x.shape[1] % self.size
         return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-COLLECTIVES = (
-    torch.ops._c10d_functional
-)  # what both eager and compiled code run; its names outlive those of its wrappers
+# What both eager and compiled code run. The names of these operators outlive those of their wrappers.
+COLLECTIVES = torch.ops._c10d_functional
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:

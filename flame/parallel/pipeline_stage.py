@@ -183,6 +183,6 @@ class StageModel(CausalLM):
             return Together.apply(True, x, *(carried[entry.name] for entry in self.sent[1:]))
         hidden = backbone.finish(x, carried)
         if work.labels is None:
-            return self.logits(hidden)
+            return self.logits(hidden, ids.shape[1])
         loss = self.loss_sum(hidden, work.labels, carried)
         return loss if work.scale is None else loss / work.scale

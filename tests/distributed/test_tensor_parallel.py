@@ -58,7 +58,7 @@ def losses_and_gradients(rank, jobs, degrees, world_size):
 
 
 def run(model, mesh):
-    """Two rows without documents and a packed one (an odd number of tokens), accumulated."""
+    """Two rows, one with another number of tokens than ranks divide, and a packed one, accumulated."""
     row = packed_row(3)
     pair = [packed_row(1), packed_row(2)]
     batches = [
@@ -109,7 +109,6 @@ VARIANTS = {  # parts of layers that not every configuration has, and heads that
     "deltaproduct_two_steps": job("gated_deltaproduct", num_householder=2, use_forget_gate=True),
     "kda_bounded": job("kda", num_v_heads=4, lower_bound=-5.0),
     "mesa_gated": job("mesa_net", use_output_gate=True, max_cg_step_training=8),
-    "moba_gated": job("moba", use_output_gate=True, num_heads=4, num_kv_heads=1, moba_chunk_size=4, moba_topk=2),
     "mla_direct": job("mla", q_lora_rank=None),
     "nsa_shared_kv": job("nsa", num_kv_heads=1, qkv_bias=True),
     "mom_single": job("mom", single_kv_proj=True, shared_mem=False, use_output_gate=False),
