@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from flame.errors import FlameError
-from flame.kernels.path_attention import chunked, path_attention, transport_keys
+from flame.kernels.path_attention import chunked, path_attention, transport_keys, tree
+from flame.kernels.path_attention.problem import Problem
 
 
 def inputs(tokens, batch=2, heads=4, kv_heads=2, K=8, V=6, gate=True, dtype=torch.float64):
@@ -42,6 +43,27 @@ def test_blocks_equal_the_definition(tokens, gate, monkeypatch):
     monkeypatch.setattr(chunked, "BLOCK", 16)
     monkeypatch.setattr(chunked, "BAND", 3)
     check(inputs(tokens, gate=gate))
+
+
+def plain_part(q, k, v, bias, scale):
+    scores = q @ k.transpose(-1, -2) * scale + (0 if bias is None else bias.unsqueeze(-2))
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("tokens", [5, 33, 150])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tree_of_blocks_equals_the_definition(tokens, gate, packed, monkeypatch):
+    monkeypatch.setattr(tree, "BASE", 4)
+    monkeypatch.setattr(tree, "FAN", 3)
+    call = inputs(tokens, gate=gate, batch=1 if packed else 2)
+    bounds = torch.tensor([0, 2, 2, tokens // 2, tokens], dtype=torch.int32) if packed else None
+    expected = outputs(call, "reference", cu_seqlens=bounds)
+    o = tree.path_attention(Problem(**{"log_forget": None, **call}, scale=8**-0.5, cu_seqlens=bounds), plain_part)
+    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = {"o": o, **dict(zip(call, torch.autograd.grad((o * weight).sum(), list(call.values()))))}
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-8, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_packed_documents_never_meet():

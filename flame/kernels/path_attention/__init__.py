@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
-from flame.kernels.path_attention import chunked, reference
+from flame.kernels.path_attention import chunked, reference, tree
 from flame.kernels.path_attention.problem import Problem
 
 __all__ = ["path_attention", "transport_keys"]
@@ -38,7 +39,8 @@ def path_attention(  # noqa: PLR0913
         log_forget: `[B, Tk, H]` fp32, <= 0, one gate a query head, of all keys; None for no gate.
         scale: of the whole score, gates included; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
-        backend: 'chunked' (with cu_seqlens it waits for the device) or 'reference'; default by device.
+        backend: 'triton' (Tq = Tk, heads up to 256), 'chunked' (with cu_seqlens it waits for the device) or 'reference';
+            default by device.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to every floating input.
@@ -48,8 +50,18 @@ def path_attention(  # noqa: PLR0913
     """
     _check(q, k, v, w, beta, log_forget, cu_seqlens)
     problem = Problem(q, k, v, w, beta, log_forget, q.shape[-1] ** -0.5 if scale is None else scale, cu_seqlens)
-    form = reference if select_backend(q, backend, ("chunked", "reference")) == "reference" else chunked
-    return form.path_attention(problem)
+    chosen = select_backend(q, backend)
+    if chosen == "triton" and (backend is not None or _tiled(q, k, v)):
+        from flame.kernels.path_attention.triton_parts import (
+            part_attention,
+        )  # imports triton, which a CPU does not need
+
+        return tree.path_attention(problem, part_attention)
+    return (reference if chosen == "reference" else chunked).path_attention(problem)
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.shape[1] == k.shape[1] and q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
 
 
 def transport_keys(k: Tensor, w: Tensor, beta: Tensor) -> Tensor:

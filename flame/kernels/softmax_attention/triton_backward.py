@@ -16,7 +16,8 @@ from flame.kernels.softmax_attention.triton_forward import columns, key_ranges, 
 def dq_sweep(
     dq, total, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, high, low, high0, low0, i, begin, lower, upper, Tk,
     scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
-    GATED: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS K and the row sums of dS over the tiles of keys in [lower, upper)."""
     for start in range(lower, upper, BN):
@@ -28,7 +29,7 @@ def dq_sweep(
             s -= sums_from(high, low, j, j < Tk, high0, low0, MASKED)[None, :]
         p = tl.exp2(s - lse[:, None])
         if MASKED:
-            p = tl.where(visible(i[:, None], j[None, :], begin, Tk, WINDOW, PACKED), p, 0.0)
+            p = tl.where(visible(i[:, None], j[None, :], begin, Tk, CAUSAL, WINDOW, PACKED), p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if GATED:
@@ -39,16 +40,16 @@ def dq_sweep(
 
 @triton.jit
 def attention_dq(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, total_ptr, sums_ptr, begin_ptr, start_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, Tq, Tk, sums_size, scale, natural,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, total_ptr, sums_ptr, begin_ptr, start_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, Tq, Tk, count, sums_size, scale, natural,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATED: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRUNE: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, DLSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    PRUNE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Tq, H, K] of a tile of queries, delta = rowsum(o do) [B, H, Tq] and, with gates, rowsum(dS) [B, H, Tq]."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    tile = count - 1 - tl.program_id(0) % count
+    b = (tl.program_id(0) // count // H).to(tl.int64)
+    h = tl.program_id(0) // count % H
     kh = h // (H // Hk)
     row = tile * BM + tl.arange(0, BM)
     live = row < Tq
@@ -59,6 +60,8 @@ def attention_dq(
     o = columns(o_ptr + (b * Tq * H + h) * V, row, H * V, V, BV, live, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     of_row = (b * H + h) * Tq + row
+    if DLSE:  # the normalizer is used too: one more share of every weight
+        delta -= tl.load(dlse_ptr + of_row, mask=live, other=0.0)
     tl.store(delta_ptr + of_row, delta, mask=live)
     q = columns(q_ptr + b * Tq * q_row + h * q_head, row, q_row, K, BK, live, True)
     lse = tl.load(lse_ptr + of_row, mask=live, other=float("inf"))
@@ -74,25 +77,26 @@ def attention_dq(
     if GATED:
         high = sums_ptr + (b * H + h) * Tk
         low = high + sums_size
-        high0 = tl.load(high + first)
-        low0 = tl.load(low + first)
-        lse -= sums_from(high, low, i, live, high0, low0, True)
+        if CAUSAL:
+            high0 = tl.load(high + first)
+            low0 = tl.load(low + first)
+            lse -= sums_from(high, low, i, live, high0, low0, True)
     dq = tl.zeros([BM, BK], tl.float32)
     total = tl.zeros([BM], tl.float32)
-    at = (b * H + h) * tl.num_programs(0) + tile
-    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr, at, Tk, WINDOW, PACKED, PRUNE, BN)
+    at = (b * H + h) * count + tile
+    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr, at, Tk, CAUSAL, WINDOW, PACKED, PRUNE, BN)
     if PACKED or WINDOW > 0:
         dq, total = dq_sweep(
             dq, total, q, do, lse, delta, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, lower, clear, Tk,
-            scale, K, V, BK, BV, BN, GATED, WINDOW, PACKED, True, PRECISION,
+            scale, K, V, BK, BV, BN, GATED, CAUSAL, WINDOW, PACKED, True, PRECISION,
         )  # fmt: skip
     dq, total = dq_sweep(
         dq, total, q, do, lse, delta, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, clear, full, Tk,
-        scale, K, V, BK, BV, BN, GATED, WINDOW, PACKED, False, PRECISION,
+        scale, K, V, BK, BV, BN, GATED, CAUSAL, WINDOW, PACKED, False, PRECISION,
     )  # fmt: skip
     dq, total = dq_sweep(
         dq, total, q, do, lse, delta, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, full, end, Tk,
-        scale, K, V, BK, BV, BN, GATED, WINDOW, PACKED, True, PRECISION,
+        scale, K, V, BK, BV, BN, GATED, CAUSAL, WINDOW, PACKED, True, PRECISION,
     )  # fmt: skip
     if GATED:
         tl.store(total_ptr + of_row, total, mask=live)
@@ -105,7 +109,8 @@ def attention_dq(
 def dkv_sweep(
     dk, dv, total, k, v, c, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, high, low, high0, low0, begin_ptr, j,
     lower, upper, Tq, Tk, scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
-    GATED: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dS^T Q, P^T dO and the row sums of dS^T over the tiles of query rows in [lower, upper)."""
     for start in range(lower, upper, BM):
@@ -122,14 +127,15 @@ def dkv_sweep(
             delta = tl.load(delta_ptr + row)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         if GATED:
-            lse -= sums_from(high, low, i, live, high0, low0, MASKED)
             s -= c[:, None]
+            if CAUSAL:
+                lse -= sums_from(high, low, i, live, high0, low0, MASKED)
         p = tl.exp2(s - lse[None, :])
         if MASKED:
             begin = 0
             if PACKED:
                 begin = tl.load(begin_ptr + i, mask=live, other=0)[None, :]
-            p = tl.where(visible(i[None, :], j[:, None], begin, Tk, WINDOW, PACKED), p, 0.0)
+            p = tl.where(visible(i[None, :], j[:, None], begin, Tk, CAUSAL, WINDOW, PACKED), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -148,12 +154,15 @@ def row_ranges(
     at,
     Tq,
     Tk,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PRUNE: tl.constexpr,
     BM: tl.constexpr,
 ):
     """Bounds of the tiles of query rows that see keys first .. last: [low, full) and [clear, end) need a mask."""
+    if not CAUSAL:
+        return 0, 0, Tq // BM * BM, Tq
     offset = Tk - Tq
     low = tl.maximum(first - offset, 0) // BM * BM
     clear = Tq
@@ -177,16 +186,16 @@ def row_ranges(
 @triton.jit
 def attention_dkv(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, total_ptr, sums_ptr, begin_ptr, end_ptr, stop_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, Tq, Tk, sums_size, scale, natural,
+    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, Tq, Tk, count, sums_size, scale, natural,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATED: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRUNE: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    PRUNE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk [B, Tk, Hk, K], dv [B, Tk, Hk, V] of a tile of keys over all query heads that read it and, with gates, the column
     sums of dS of each of them [B, H, Tk]."""
-    tile = tl.program_id(0)
-    b = (tl.program_id(1) // Hk).to(tl.int64)
-    kh = tl.program_id(1) % Hk
+    tile = tl.program_id(0) % count
+    b = (tl.program_id(0) // count // Hk).to(tl.int64)
+    kh = tl.program_id(0) // count % Hk
     j = tile * BN + tl.arange(0, BN)
     live = j < Tk
     first = tile * BN
@@ -208,23 +217,26 @@ def attention_dkv(
         if GATED:
             high = sums_ptr + (b * H + h) * Tk
             low = high + sums_size
-            high0 = tl.load(high + first)
-            low0 = tl.load(low + first)
+            if CAUSAL:
+                high0 = tl.load(high + first)
+                low0 = tl.load(low + first)
             c = sums_from(high, low, j, live, high0, low0, True)
         total = tl.zeros([BN], tl.float32)
-        at = (b * H + h) * tl.num_programs(0) + tile
-        lower, full, clear, end = row_ranges(first, last, end_ptr, stop_ptr, at, Tq, Tk, WINDOW, PACKED, PRUNE, BM)
+        at = (b * H + h) * count + tile
+        lower, full, clear, end = row_ranges(
+            first, last, end_ptr, stop_ptr, at, Tq, Tk, CAUSAL, WINDOW, PACKED, PRUNE, BM
+        )
         dk, dv, total = dkv_sweep(
             dk, dv, total, k, v, c, q, do, lse, delta, q_row, do_row, high, low, high0, low0, begin_ptr, j, lower, full,
-            Tq, Tk, scale, K, V, BK, BV, BM, GATED, WINDOW, PACKED, True, PRECISION,
+            Tq, Tk, scale, K, V, BK, BV, BM, GATED, CAUSAL, WINDOW, PACKED, True, PRECISION,
         )  # fmt: skip
         dk, dv, total = dkv_sweep(
             dk, dv, total, k, v, c, q, do, lse, delta, q_row, do_row, high, low, high0, low0, begin_ptr, j, full, clear,
-            Tq, Tk, scale, K, V, BK, BV, BM, GATED, WINDOW, PACKED, False, PRECISION,
+            Tq, Tk, scale, K, V, BK, BV, BM, GATED, CAUSAL, WINDOW, PACKED, False, PRECISION,
         )  # fmt: skip
         dk, dv, total = dkv_sweep(
             dk, dv, total, k, v, c, q, do, lse, delta, q_row, do_row, high, low, high0, low0, begin_ptr, j, clear, end,
-            Tq, Tk, scale, K, V, BK, BV, BM, GATED, WINDOW, PACKED, True, PRECISION,
+            Tq, Tk, scale, K, V, BK, BV, BM, GATED, CAUSAL, WINDOW, PACKED, True, PRECISION,
         )  # fmt: skip
         if GATED:
             tl.store(total_ptr + (b * H + h) * Tk + j, total, mask=live)

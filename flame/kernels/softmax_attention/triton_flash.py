@@ -32,7 +32,7 @@ def as_rows(x: Tensor) -> Tensor:
     return x if rows and x.stride(-1) == 1 and x.stride(1) > 0 else x.contiguous()
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+def sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     K, V = q.shape[3], v.shape[3]
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     sizes = {
@@ -46,8 +46,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     return {**sizes, "PRECISION": precision}
 
 
-def _tile(kernel: str, q: Tensor, v: Tensor, gated: bool) -> dict[str, int]:
-    """Default tiles keep accumulators in registers; the table holds what was measured faster."""
+def pick_tile(kernel: str, q: Tensor, v: Tensor, gated: bool) -> dict[str, int]:
+    """Default tiles keep accumulators in registers; the table holds what was measured faster. None is taller than q."""
     width = max(q.shape[3], v.shape[3])
     if q.dtype == torch.float32:
         default = {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
@@ -60,7 +60,8 @@ def _tile(kernel: str, q: Tensor, v: Tensor, gated: bool) -> dict[str, int]:
     if kernel == "dkv" and default["BM"] > default["BN"]:
         default["BM"], default["BN"] = default["BN"], default["BM"]
     name = tiles.key(kernel, K=q.shape[3], V=v.shape[3], dtype=q.dtype, gated=int(gated))
-    return dict(tiles.choose("softmax_attention", name, default, q.device))
+    chosen = dict(tiles.choose("softmax_attention", name, default, q.device))
+    return {**chosen, "BM": min(chosen["BM"], max(16, power_of_2(q.shape[1])))}
 
 
 def _forward(
@@ -77,18 +78,20 @@ def _forward(
     """o [B, Tq, H, V]; lse [B, H, Tq] base 2; the gates' sums and the pruning bounds, empty where there are none."""
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     (B, Tq, H, _), Tk = q.shape, k.shape[1]
-    tile = _tile("forward", q, v, log_forget is not None)
+    tile = pick_tile("forward", q, v, log_forget is not None)
     o, lse = q.new_empty(B, Tq, H, v.shape[3]), q.new_empty(B, H, Tq, dtype=torch.float32)
     sums = q.new_empty(0, dtype=torch.float32) if log_forget is None else running_sums(log_forget)
     prune = log_forget is not None and share > 0
     bound = threshold(q, k, scale, share) if prune else q.new_empty(0, dtype=torch.float64)
     start = first_keys(sums, bound, Tq, tile["BM"], tile["BN"]) if prune else None
     begin = None if cu_seqlens is None else boundaries(cu_seqlens, Tk)[0]
-    attention_forward[(cdiv(Tq, tile["BM"]), B * H)](
+    count = cdiv(Tq, tile["BM"])
+    attention_forward[(count * B * H,)](
         q, k, v, o, lse, sums, None if sink is None else sink.float(), begin, start,
         q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
-        Tq, Tk, B * H * Tk, scale * LOG2E, **_sizes(q, k, v), GATED=log_forget is not None, SINK=sink is not None,
-        WINDOW=window, PACKED=cu_seqlens is not None, PRUNE=prune, **tile,
+        Tq, Tk, count, B * H * Tk, scale * LOG2E, **sizes(q, k, v),
+        GATED=log_forget is not None, SINK=sink is not None, CAUSAL=True, WINDOW=window,
+        PACKED=cu_seqlens is not None, PRUNE=prune, **tile,
     )  # fmt: skip
     return o, lse, sums, bound
 
@@ -126,7 +129,7 @@ def _gradients(
     q, k, v, do = as_rows(q), as_rows(k), as_rows(v), as_rows(do.to(q.dtype))
     (B, Tq, H, _), (Tk, Hk) = q.shape, k.shape[1:3]
     gated, prune = sums.numel() > 0, bound.numel() > 0
-    rows, keys = (_tile(name, q, v, gated) for name in ("dq", "dkv"))
+    rows, keys = (pick_tile(name, q, v, gated) for name in ("dq", "dkv"))
     start = first_keys(sums, bound, Tq, rows["BM"], rows["BN"]) if prune else None
     stop = last_rows(sums, bound, Tq, keys["BM"], keys["BN"]) if prune else None
     begin, end = (None, None) if cu_seqlens is None else boundaries(cu_seqlens, Tk)
@@ -135,14 +138,19 @@ def _gradients(
     row_total = torch.empty_like(lse) if gated else None
     column_total = lse.new_empty(B, H, Tk) if gated else None
     strides = [x.stride(axis) for x in (q, k, v, do) for axis in (1, 2)]
-    numbers = (Tq, Tk, B * H * Tk, scale * LOG2E, scale)
-    flags = {"GATED": gated, "WINDOW": window, "PACKED": cu_seqlens is not None, "PRUNE": prune, **_sizes(q, k, v)}
-    attention_dq[(cdiv(Tq, rows["BM"]), B * H)](
-        q, k, v, o, do, lse, delta, dq, row_total, sums, begin, start, *strides, *numbers, **flags, **rows
-    )
-    attention_dkv[(cdiv(Tk, keys["BN"]), B * Hk)](
-        q, k, v, do, lse, delta, dk, dv, column_total, sums, begin, end, stop, *strides, *numbers, **flags, **keys
-    )
+    numbers = (B * H * Tk, scale * LOG2E, scale)
+    flags = {"GATED": gated, "CAUSAL": True, "WINDOW": window, "PACKED": cu_seqlens is not None, "PRUNE": prune}
+    flags |= sizes(q, k, v)
+    count = cdiv(Tq, rows["BM"])
+    attention_dq[(count * B * H,)](
+        q, k, v, o, do, lse, None, delta, dq, row_total, sums, begin, start,
+        *strides, Tq, Tk, count, *numbers, DLSE=False, **flags, **rows,
+    )  # fmt: skip
+    count = cdiv(Tk, keys["BN"])
+    attention_dkv[(count * B * Hk,)](
+        q, k, v, do, lse, delta, dk, dv, column_total, sums, begin, end, stop,
+        *strides, Tq, Tk, count, *numbers, **flags, **keys,
+    )  # fmt: skip
     nothing = lse.new_empty(0)
     dforget = nothing
     if row_total is not None and column_total is not None:

@@ -36,9 +36,11 @@ def sums_from(high, low, at, live, high0, low0, MASKED: tl.constexpr):
 
 
 @triton.jit
-def visible(i, j, begin, Tk, WINDOW: tl.constexpr, PACKED: tl.constexpr):
+def visible(i, j, begin, Tk, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr):
     """Causal, inside the window, in the query's document; i, j and begin are shaped to broadcast to the tile."""
-    seen = (j <= i) & (j < Tk)
+    seen = j < Tk
+    if CAUSAL:
+        seen = seen & (j <= i)
     if WINDOW > 0:
         seen = seen & (j > i - WINDOW)
     if PACKED:
@@ -54,12 +56,15 @@ def key_ranges(
     start_ptr,
     at,
     Tk,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     PRUNE: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Bounds of the tiles of keys that queries first .. last see: [low, clear) and [full, end) need a mask, the middle none."""
+    if not CAUSAL:
+        return 0, 0, Tk // BN * BN, Tk
     low = 0
     clear = 0
     if PACKED:
@@ -80,7 +85,8 @@ def key_ranges(
 def attend(
     m, mass, acc, q, k_ptr, v_ptr, k_stride, v_stride, high, low, high0, low0, i, begin, lower, upper, Tk, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
-    GATED: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take the tiles of keys in [lower, upper) into the running maximum m, mass and weighted values acc."""
     for start in range(lower, upper, BN):
@@ -90,7 +96,7 @@ def attend(
         if GATED:
             s -= sums_from(high, low, j, j < Tk, high0, low0, MASKED)[None, :]
         if MASKED:
-            s = tl.where(visible(i[:, None], j[None, :], begin, Tk, WINDOW, PACKED), s, float("-inf"))
+            s = tl.where(visible(i[:, None], j[None, :], begin, Tk, CAUSAL, WINDOW, PACKED), s, float("-inf"))
         peak = tl.maximum(m, tl.max(s, 1))
         base = peak
         if MASKED:
@@ -107,19 +113,19 @@ def attend(
 @triton.jit
 def attention_forward(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, sums_ptr, sink_ptr, begin_ptr, start_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, Tq, Tk, sums_size, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, Tq, Tk, count, sums_size, scale,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATED: tl.constexpr, SINK: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, PRUNE: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GATED: tl.constexpr, SINK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    PRUNE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head. Late tiles, which see most keys, start first.
 
     q [B, Tq, H, K], k [B, Tk, Hk, K], v [B, Tk, Hk, V] by strides of rows and heads; o [B, Tq, H, V] dense;
     lse [B, H, Tq] base 2; sums [2, B, H, Tk] base 2, high and low halves; begin [Tk]; start [B, H, tiles].
     """
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = tl.program_id(1) % H
+    tile = count - 1 - tl.program_id(0) % count
+    b = (tl.program_id(0) // count // H).to(tl.int64)
+    h = tl.program_id(0) // count % H
     kh = h // (H // Hk)
     row = tile * BM + tl.arange(0, BM)
     live = row < Tq
@@ -139,31 +145,32 @@ def attention_forward(
     if GATED:
         high = sums_ptr + (b * H + h) * Tk
         low = high + sums_size
-        high0 = tl.load(high + first)
-        low0 = tl.load(low + first)
+        if CAUSAL:
+            high0 = tl.load(high + first)
+            low0 = tl.load(low + first)
     m = tl.full([BM], float("-inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     if SINK:
         m = tl.zeros([BM], tl.float32) + tl.load(sink_ptr + h) * LOG2E
         mass += 1.0
     acc = tl.zeros([BM, BV], tl.float32)
-    at = (b * H + h) * tl.num_programs(0) + tile
-    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr, at, Tk, WINDOW, PACKED, PRUNE, BN)
+    at = (b * H + h) * count + tile
+    lower, clear, full, end = key_ranges(first, last, begin_ptr, start_ptr, at, Tk, CAUSAL, WINDOW, PACKED, PRUNE, BN)
     if PACKED or WINDOW > 0:
         m, mass, acc = attend(
             m, mass, acc, q, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, lower, clear, Tk, scale,
-            K, V, BK, BV, BN, GATED, WINDOW, PACKED, True, PRECISION,
+            K, V, BK, BV, BN, GATED, CAUSAL, WINDOW, PACKED, True, PRECISION,
         )  # fmt: skip
     m, mass, acc = attend(
         m, mass, acc, q, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, clear, full, Tk, scale,
-        K, V, BK, BV, BN, GATED, WINDOW, PACKED, False, PRECISION,
+        K, V, BK, BV, BN, GATED, CAUSAL, WINDOW, PACKED, False, PRECISION,
     )  # fmt: skip
     m, mass, acc = attend(
         m, mass, acc, q, k_ptr, v_ptr, k_row, v_row, high, low, high0, low0, i, begin, full, end, Tk, scale,
-        K, V, BK, BV, BN, GATED, WINDOW, PACKED, True, PRECISION,
+        K, V, BK, BV, BN, GATED, CAUSAL, WINDOW, PACKED, True, PRECISION,
     )  # fmt: skip
     lse = m + tl.log2(mass)
-    if GATED:
+    if GATED and CAUSAL:
         lse += sums_from(high, low, i, live, high0, low0, True)
     tl.store(lse_ptr + (b * H + h) * Tq + row, lse, mask=live)
     d = tl.arange(0, BV)
