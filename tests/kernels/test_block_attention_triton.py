@@ -60,3 +60,13 @@ def test_bands_and_pieces_of_a_bucket_add_up(monkeypatch):
     exact = [x.detach().double().requires_grad_() for x in leaves]
     for one, other in zip(got, outputs_and_gradients(exact, indices, bounds, 64, "reference")):
         torch.testing.assert_close(one.double(), other, atol=2e-5, rtol=2e-5)
+
+
+def test_flop_counters_see_both_passes():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    leaves, indices, _ = problem(32, (2, 1, 1), 16, 16, 16, 2, None)
+    with FlopCounterMode(display=False) as counter:
+        block_attention(*leaves, indices, block_size=16, backend="triton").sum().backward()
+    forward = 2 * 2 * 32 * 2 * (16 + 16) * 2 * 16
+    assert counter.get_total_flops() == forward + 5 * forward // 2

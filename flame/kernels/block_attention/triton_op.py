@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels.block_attention import triton_backward, triton_forward
 from flame.kernels.block_attention.triton_common import Sizes
@@ -96,3 +97,28 @@ def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _direct_backward = Direct(torch.ops.flame.block_attention_backward, backward)
 torch.library.register_autograd("flame::block_attention", _backward, setup_context=_setup_context)
 block_attention_triton = Direct(torch.ops.flame.block_attention, forward, _setup_context, _backward)
+
+
+@register_flop_formula(torch.ops.flame.block_attention)
+def _flops(
+    q_shape: Any,
+    k_shape: Any,
+    v_shape: Any,
+    indices_shape: Any,
+    cu_seqlens: Any,
+    block_size: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Products with keys and values of the chosen blocks, as if all were there."""
+    B, T, H, K = q_shape
+    return 2 * B * T * H * (K + v_shape[3]) * indices_shape[3] * block_size
+
+
+@register_flop_formula(torch.ops.flame.block_attention_backward)
+def _backward_flops(
+    do_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, o_shape: Any, lse_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    """Five products instead of two."""
+    indices_shape, cu_seqlens, block_size, *_ = args
+    return 5 * _flops(q_shape, k_shape, v_shape, indices_shape, cu_seqlens, block_size) // 2
