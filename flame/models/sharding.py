@@ -29,15 +29,21 @@ DEGREE = "parallelism.tensor_parallel_degree"
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This rank among those that share every layer."""
+    """This rank among those that share every layer.
+
+    Attributes:
+        deals_rows: whole rows of a batch may be dealt to ranks. If not, every row's tokens always are, so that a rank's
+            part of the stream grows evenly with rows and tokens.
+    """
 
     group: dist.ProcessGroup
     rank: int
     size: int
+    deals_rows: bool = True
 
     def by_rows(self, rows: int, length: int) -> bool:
         """Whether whole rows of a batch are dealt to ranks, else every row's tokens, padded to a multiple of the ranks."""
-        return length > 1 and rows % self.size == 0
+        return self.deals_rows and length > 1 and rows % self.size == 0
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         """Own tokens [B / ranks, T, D] or [B, ceil(T / ranks), D] -> all tokens [B, T, D]; `length` is T."""
@@ -54,10 +60,6 @@ class TensorParallel:
     def own_tokens(self, x: Tensor) -> Tensor:
         """Own tokens of what all ranks hold alike [B, T, D]."""
         return self._padded(x).chunk(self.size, 0 if self.by_rows(*x.shape[:2]) else 1)[self.rank]
-
-    def own_shape(self, rows: int, length: int) -> tuple[int, int]:
-        """Leading dimensions of the stream on a rank, for a batch [rows, length]."""
-        return (rows // self.size, length) if self.by_rows(rows, length) else (rows, -(-length // self.size))
 
     def gather_any(self, x: Tensor) -> Tensor:
         """Own tokens [b, t, D] -> all tokens [ranks * b, t, D], in an order of no meaning; for layers that mix none."""

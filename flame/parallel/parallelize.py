@@ -58,7 +58,7 @@ def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.devic
     """
     check_context_parallel(model, job, mesh.degrees.cp)
     if mesh.degrees.tp > 1:
-        apply_tensor_parallel(model, mesh.axis("tp"))
+        apply_tensor_parallel(model, mesh.axis("tp"), deals_rows=mesh.degrees.pp == 1)
     blocks = list(model.blocks)
     section = job.activation_checkpoint
     apply_activation_checkpointing(blocks, section.mode, section.selective_ac_option)

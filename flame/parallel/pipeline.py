@@ -260,7 +260,7 @@ def boundaries_of_job(config: ModelConfig, job: JobConfig, mesh: Mesh, starts: l
         model = build_model(config)
     model.to(parse_dtype(job.training.mixed_precision_param, "training.mixed_precision_param"))
     if mesh.degrees.tp > 1:
-        apply_tensor_parallel(model, mesh.axis("tp"))
+        apply_tensor_parallel(model, mesh.axis("tp"), deals_rows=False)
     return find_boundaries(model, starts, 64 * mesh.degrees.tp)
 
 

@@ -16,13 +16,16 @@ from flame.models.decoder import CausalLM
 from flame.models.sharding import Plan, Reader, TensorParallel, Use
 
 
-def apply_tensor_parallel(model: CausalLM, mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: CausalLM, mesh: DeviceMesh, deals_rows: bool = True) -> None:
     """Split a model on the meta device over the ranks of a 1-D mesh, following its modules' `tensor_parallel_plan`.
+
+    Args:
+        deals_rows: see `TensorParallel`; pipeline stages, which agree on shapes beforehand, need it off.
 
     Raises:
         ConfigError: heads, widths or vocabulary cannot be dealt to so many ranks.
     """
-    ranks = TensorParallel(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+    ranks = TensorParallel(mesh.get_group(), mesh.get_local_rank(), mesh.size(), deals_rows)
     plans = layer_plans(model, ranks.size)
     uses = parameter_uses(plans)
     distribute_parameters(model, mesh, uses, ranks)

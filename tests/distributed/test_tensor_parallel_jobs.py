@@ -65,3 +65,16 @@ def test_a_job_moves_between_tensor_and_data_parallel_ranks(first, then, job, al
     assert exported.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(exported[name].float(), weight.float(), rtol=1e-2, atol=1e-3, msg=name)
+
+
+PIPELINE = ["--parallelism.pipeline_parallel_degree", 2, "--parallelism.data_parallel_shard_degree", 1]
+CONTEXT = ["--parallelism.context_parallel_degree", 2, "--parallelism.data_parallel_shard_degree", 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", [PIPELINE, CONTEXT], ids=["pipeline", "context"])
+def test_a_job_with_another_axis_beside_has_the_same_losses(beside, job, alone):
+    degree = ["--parallelism.tensor_parallel_degree", 2]
+    log = run(job("beside"), 4, *degree, *beside, "--training.steps", 4)
+    expected = figures(alone[0])[0][:4]
+    torch.testing.assert_close(torch.tensor(figures(log)[0]), torch.tensor(expected), rtol=1e-3, atol=1e-3)
