@@ -30,22 +30,26 @@ class SequenceShard:
     Attributes:
         group, rank, size: the ranks that hold the parts, in the order of the group.
         before: [] int64, tokens of this rank's first document that earlier ranks hold; 0 if it begins here.
+        bounds: [N + 1] int32 bounds of the documents in the whole row, None where rows are documents.
         streams: packed documents of an op's call belong to this many streams, laid one after another with equally many
             documents each; only the first document of a stream may have begun earlier, only the last may go on.
         exchange: how states travel: 'gather' (one collective, every state to every rank), 'scan' (log2(ranks) rounds), or
-            None to choose by the number of ranks.
+            None to choose by the number of ranks. For softmax layers 'gather' brings keys and values to the queries, and
+            None prefers to deal heads instead of tokens.
     """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     before: Tensor
+    bounds: Tensor | None = None
     streams: int = 1
     exchange: str | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceShard:
-        """The same shard with its tensor on `device`."""
-        return replace(self, before=self.before.to(device, non_blocking=non_blocking))
+        """The same shard with its tensors on `device`."""
+        bounds = None if self.bounds is None else self.bounds.to(device, non_blocking=non_blocking)
+        return replace(self, before=self.before.to(device, non_blocking=non_blocking), bounds=bounds)
 
     @property
     def continues(self) -> Tensor:
@@ -81,6 +85,10 @@ class SequenceShard:
         first = (earlier - self.before).clamp(min=0)
         bounds = torch.cat([torch.zeros_like(first)[None], first[None], cu_seqlens[1:] + earlier])
         return bounds.to(torch.int32)
+
+    def deal(self, x: Tensor) -> Tensor:
+        """[ranks, ...]: slot r goes to rank r; in its place stands what that rank had for this one."""
+        return _Deal.apply(x.contiguous(), self.group)
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, on all of them."""
@@ -208,8 +216,10 @@ def cut_sequence(
     before = start - max(bound for bound in bounds if bound <= start)
     inner = sorted({bound - start for bound in bounds if start < bound < end})
     local = torch.tensor([0, *inner, end - start], dtype=torch.int32)
-    shard = SequenceShard(group, rank, size, torch.tensor(before, device=device), exchange=exchange)
-    return shard, local.to(device)
+    whole = cu_seqlens.to(device, torch.int32)
+    return SequenceShard(group, rank, size, torch.tensor(before, device=device), whole, exchange=exchange), local.to(
+        device
+    )
 
 
 def refuse_states(op: str, *states: Any) -> None:
@@ -245,6 +255,20 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+
+
+class _Deal(torch.autograd.Function):
+    """An all-to-all of equal slots, which is its own inverse and transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(collectives.all_to_all_single(x, None, None, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        back = collectives.all_to_all_single(grads[0].contiguous(), None, None, ctx.group)
+        return collectives.wait_tensor(back), None
 
 
 class _Shift(torch.autograd.Function):

@@ -14,8 +14,7 @@ from flame.models.registry import systems
 from flame.parallel.mesh import Degrees
 
 pytestmark = pytest.mark.distributed
-WHOLE = {"nsa", "moba", "path_attn"}  # need whole sequences
-NAMES = sorted(set(systems()) - WHOLE)
+NAMES = sorted(systems())
 GROUPS = {  # a few in every run, all with --run-slow
     "common": ["transformer", "gla", "gated_deltanet", "mamba2", "mom", "rwkv7"],
     "others": [

@@ -10,6 +10,9 @@ from flame.kernels.forgetting_attention import forgetting_attention
 from flame.kernels.linear_attention import linear_attention
 from flame.kernels.log_gate import log_gate
 from flame.kernels.mesa import mesa
+from flame.kernels.moba import moba
+from flame.kernels.native_sparse_attention import SparsePattern, native_sparse_attention
+from flame.kernels.path_attention import path_attention
 from flame.kernels.polynomial_attention import polynomial_attention
 from flame.kernels.selective_scan import selective_scan
 from flame.kernels.sequence import cut_sequence
@@ -113,6 +116,23 @@ def polynomial(B):
     return {"q": torch.randn(B, T, H, 3), "k": torch.randn(B, T, H, 3), "v": torch.randn(B, T, H, V)}
 
 
+def heads_of(B, query, key):
+    return {"q": torch.randn(B, T, query, K), "k": torch.randn(B, T, key, K), "v": torch.randn(B, T, key, V)}
+
+
+def path(B):
+    w, beta, gates = unit(torch.randn(B, T, 2, K)), 2 * torch.rand(B, T, 2), decay(B, T, 4)
+    return {**heads_of(B, 4, 2), "w": w, "beta": beta, "log_forget": gates}
+
+
+def sparse(B, key):
+    return {**heads_of(B, 4, key), "gates": torch.rand(B, T, 4, 3)}
+
+
+def run_sparse(x, **options):
+    return native_sparse_attention(**x, pattern=SparsePattern(4, 3, 5), **options)
+
+
 CASES = {
     "linear_none": (lambda B: linear(B), run_linear),
     "linear_head": (lambda B: linear(B, shared_head_decay=decay(H)), run_linear),
@@ -145,6 +165,11 @@ CASES = {
     "polynomial": (polynomial, run_shared(polynomial_attention)),
     "forgetting": (forgetting, lambda x, **options: forgetting_attention(**x, **options)),
     "attention": (attention_inputs, run_attention(None)),
+    "attention_uneven_heads": (lambda B: heads_of(B, 3, 1), run_attention(None)),
+    "path": (path, lambda x, **options: path_attention(**x, **options)),
+    "sparse": (lambda B: sparse(B, 4), run_sparse),
+    "sparse_one_key_head": (lambda B: sparse(B, 1), run_sparse),
+    "moba": (lambda B: heads_of(B, 4, 2), lambda x, **options: moba(**x, chunk_size=5, topk=2, **options)),
     "attention_window": (attention_inputs, run_attention(7)),
     "attention_wide_window": (attention_inputs, run_attention(17)),
 }
@@ -187,7 +212,15 @@ def differences(rank, names, exchange):
     return found
 
 
-@pytest.mark.parametrize("ranks, exchange", [(2, "gather"), (4, "gather"), (4, "scan")])
+@pytest.mark.parametrize(
+    "ranks, exchange",
+    [
+        (2, None),
+        (4, "scan"),
+        pytest.param(4, None, marks=pytest.mark.slow),
+        pytest.param(2, "gather", marks=pytest.mark.slow),
+    ],
+)
 def test_parts_of_a_sequence_equal_the_whole(ranks, exchange):
     for found in run_ranks(differences, ranks, list(CASES), exchange):
         wrong = {key: errors for key, errors in found.items() if max(errors.values()) > 2e-5}

@@ -8,6 +8,7 @@ from torch import Tensor
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.forgetting_attention import chunked, reference
+from flame.kernels.head_exchange import can_deal_heads, whole_rows
 from flame.kernels.sequence import SequenceShard
 
 __all__ = ["forgetting_attention"]
@@ -48,6 +49,16 @@ def forgetting_attention(  # noqa: PLR0913 (one op)
     Raises:
         FlameError: shapes that do not fit together, or an unknown backend.
     """
+    if shard is not None and can_deal_heads([q.shape[2]] * 2, [k.shape[2], v.shape[2]], shard):
+        return whole_rows(
+            lambda own, others, bounds: forgetting_attention(
+                own[0], others[0], others[1], own[1], scale=scale, cu_seqlens=bounds, prune=prune, backend=backend
+            ),
+            [q, log_forget],
+            [k, v],
+            cu_seqlens,
+            shard,
+        )
     if shard is not None:
         k, v, log_forget = shard.keys(k), shard.keys(v), shard.keys(log_forget)
         cu_seqlens = shard.key_bounds(cu_seqlens, k.shape[1] - q.shape[1])

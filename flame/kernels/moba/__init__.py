@@ -6,7 +6,9 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.block_attention import check_shapes, fast_or_plain, plain_backend
+from flame.kernels.head_exchange import whole_rows
 from flame.kernels.moba import chunked, reference
+from flame.kernels.sequence import SequenceShard
 from flame.kernels.softmax_attention import softmax_attention
 
 __all__ = ["moba"]
@@ -24,6 +26,7 @@ def moba(  # noqa: PLR0913
     max_seqlen: int | None = None,
     means: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> Tensor:
     """One softmax over the query's own chunk, causally, and the topk - 1 earlier chunks whose mean key it likes best.
 
@@ -43,6 +46,8 @@ def moba(  # noqa: PLR0913
         means: mean keys of the complete chunks `[B, Tk // chunk_size, Hk, K]`, where a decoder has kept them; not with
             cu_seqlens.
         backend: 'triton' (needs Tq = Tk), 'chunked' or 'reference'; default by device.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k and v.
@@ -50,6 +55,24 @@ def moba(  # noqa: PLR0913
     Raises:
         FlameError: shapes that do not fit together, chunk_size < 1, an unknown backend.
     """
+    if shard is not None:
+        return whole_rows(
+            lambda own, others, bounds: moba(
+                own[0],
+                others[0],
+                others[1],
+                chunk_size=chunk_size,
+                topk=topk,
+                scale=scale,
+                cu_seqlens=bounds,
+                max_seqlen=max_seqlen,
+                backend=backend,
+            ),
+            [q],
+            [k, v],
+            cu_seqlens,
+            shard,
+        )
     check_shapes("moba", q, k, v, cu_seqlens)
     if chunk_size < 1:
         raise FlameError(f"moba: chunk_size must be at least 1; got {chunk_size}.")

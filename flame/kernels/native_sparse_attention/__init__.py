@@ -9,7 +9,9 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.block_attention import check_shapes, fast_or_plain
+from flame.kernels.head_exchange import whole_rows
 from flame.kernels.native_sparse_attention import chunked, reference
+from flame.kernels.sequence import SequenceShard
 from flame.kernels.softmax_attention import softmax_attention
 
 __all__ = ["SparsePattern", "native_sparse_attention"]
@@ -41,6 +43,7 @@ def native_sparse_attention(  # noqa: PLR0913
     means: tuple[Tensor, Tensor] | None = None,
     block_indices: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> Tensor:
     """``g_0 compressed + g_1 selected + g_2 window``, each a softmax attention of its own.
 
@@ -63,6 +66,8 @@ def native_sparse_attention(  # noqa: PLR0913
             them; not with cu_seqlens.
         block_indices: `[B, Tq, Hk, S]` blocks to use instead of choosing any, as in `block_attention`.
         backend: 'triton' (needs Tq = Tk), 'chunked' or 'reference'; default by device.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to q, k, v and gates.
@@ -70,6 +75,25 @@ def native_sparse_attention(  # noqa: PLR0913
     Raises:
         FlameError: shapes that do not fit together, a pattern with nothing in it, an unknown backend.
     """
+    if shard is not None:  # the query heads of a key head choose blocks together
+        return whole_rows(
+            lambda own, others, bounds: native_sparse_attention(
+                own[0],
+                others[0],
+                others[1],
+                own[1],
+                pattern,
+                scale=scale,
+                cu_seqlens=bounds,
+                max_seqlen=max_seqlen,
+                backend=backend,
+            ),
+            [q, gates],
+            [k, v],
+            cu_seqlens,
+            shard,
+            sharing=False,
+        )
     _check(q, k, v, gates, pattern, cu_seqlens)
     if means is not None and cu_seqlens is not None:
         raise FlameError("native_sparse_attention: means are for decoding plain rows; leave them out with cu_seqlens.")

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
+from flame.kernels.head_exchange import whole_rows
 from flame.kernels.path_attention import chunked, reference, tree
 from flame.kernels.path_attention.problem import Problem
+from flame.kernels.sequence import SequenceShard
 
 __all__ = ["path_attention", "transport_keys"]
 
@@ -24,6 +26,7 @@ def path_attention(  # noqa: PLR0913
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> Tensor:
     """Causal attention with score (i, j) = ``scale * (k_j^T H_{j+1} ... H_i q_i + sum of log_forget over j + 1 .. i)``.
 
@@ -41,6 +44,8 @@ def path_attention(  # noqa: PLR0913
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk).
         backend: 'triton' (Tq = Tk, heads up to 256), 'chunked' (with cu_seqlens it waits for the device) or 'reference';
             default by device.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part.
 
     Returns:
         `[B, Tq, H, V]` in q.dtype. Gradients flow to every floating input.
@@ -48,6 +53,22 @@ def path_attention(  # noqa: PLR0913
     Raises:
         FlameError: shapes that do not fit together, or an unknown backend.
     """
+    if shard is not None:
+        gates = [] if log_forget is None else [log_forget]
+        return whole_rows(
+            lambda own, others, bounds: path_attention(
+                own[0],
+                *others[:4],
+                log_forget=others[4] if gates else None,
+                scale=scale,
+                cu_seqlens=bounds,
+                backend=backend,
+            ),
+            [q],
+            [k, v, w, beta, *gates],
+            cu_seqlens,
+            shard,
+        )
     _check(q, k, v, w, beta, log_forget, cu_seqlens)
     problem = Problem(q, k, v, w, beta, log_forget, q.shape[-1] ** -0.5 if scale is None else scale, cu_seqlens)
     chosen = select_backend(q, backend)

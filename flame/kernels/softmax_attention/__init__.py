@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
+from flame.kernels.head_exchange import can_deal_heads, whole_rows
 from flame.kernels.sequence import SequenceShard
 from flame.kernels.softmax_attention import chunked, library, reference
 
@@ -53,6 +54,16 @@ def softmax_attention(  # noqa: PLR0913 (the options of one op)
     """
     _check(q, k, v, window, cu_seqlens, sink)
     if shard is not None:
+        near = window is not None and window <= q.shape[1] // 2  # then few keys travel, and all ranks work alike
+        if sink is None and not near and can_deal_heads([q.shape[2]], [k.shape[2], v.shape[2]], shard):
+            options = {"scale": scale, "window": window, "max_seqlen": max_seqlen, "backend": backend}
+            return whole_rows(
+                lambda own, others, bounds: softmax_attention(*own, *others, cu_seqlens=bounds, **options),  # type: ignore[arg-type]
+                [q],
+                [k, v],
+                cu_seqlens,
+                shard,
+            )
         k, v = shard.keys(k, window), shard.keys(v, window)
         cu_seqlens = shard.key_bounds(cu_seqlens, k.shape[1] - q.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -68,7 +68,6 @@ class MixtureOfBlockAttention(Mixer):
     """Softmax attention over each query's own chunk and its best earlier ones, then a norm of every head."""
 
     config_class = MoBAConfig
-    context_parallel = False
 
     def __init__(self, config: MoBAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
@@ -109,6 +108,7 @@ class MixtureOfBlockAttention(Mixer):
             cu_seqlens=ctx.cu_seqlens,
             max_seqlen=ctx.max_seqlen,
             means=means,
+            shard=ctx.shard,
         )
         if c.use_output_gate:
             return self.o_proj(merge_heads(self.o_norm(o, split_heads(self.g_proj(x), c.num_heads))))

@@ -61,7 +61,6 @@ class NativeSparseAttention(Mixer):
     """Three attentions on the same rotary queries and keys, added under a sigmoid gate for each head and branch."""
 
     config_class = NSAConfig
-    context_parallel = False
 
     def __init__(self, config: NSAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
@@ -90,7 +89,15 @@ class NativeSparseAttention(Mixer):
                     means_with_past(ctx, "v_means", v, c.block_size),
                 )
         o = native_sparse_attention(
-            q, k, v, gates, self.pattern, cu_seqlens=ctx.cu_seqlens, max_seqlen=ctx.max_seqlen, means=means
+            q,
+            k,
+            v,
+            gates,
+            self.pattern,
+            cu_seqlens=ctx.cu_seqlens,
+            max_seqlen=ctx.max_seqlen,
+            means=means,
+            shard=ctx.shard,
         )
         return self.o_proj(merge_heads(o))
 

@@ -62,7 +62,6 @@ class PathAttention(Mixer):
     """
 
     config_class = PathAttentionConfig
-    context_parallel = False
 
     def __init__(self, config: PathAttentionConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
@@ -93,7 +92,7 @@ class PathAttention(Mixer):
         k, v, forget = self.with_cached(k, v, forget, ctx)
         if ctx.cache is not None:
             remember(ctx, "k", transport_keys(k, w, beta))
-        o = path_attention(q, k, v, w, beta, log_forget=forget, cu_seqlens=ctx.cu_seqlens)
+        o = path_attention(q, k, v, w, beta, log_forget=forget, cu_seqlens=ctx.cu_seqlens, shard=ctx.shard)
         return self.o_proj(merge_heads(o))
 
     def reflections(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
