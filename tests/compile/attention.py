@@ -1,6 +1,6 @@
 """Compile the tiled attention kernels for sm_90 and print what each needs, as JSON.
 
-Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain] ...
+Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain|:part] ...
 """
 
 import json
@@ -10,6 +10,7 @@ from tests.compile import compile_only  # isort: skip
 
 import torch
 
+from flame.kernels.path_attention.triton_parts import part_attention
 from flame.kernels.softmax_attention import triton_flash
 
 
@@ -20,6 +21,12 @@ def main(words):
         q, k, v = (
             torch.zeros(1, 256, int(n), int(d), **meta, requires_grad=True) for n, d in ((H, K), (Hk, K), (Hk, V))
         )
+        if "part" in options:
+            rows = [x.detach().squeeze(0).transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
+            o, lse = part_attention(*rows, torch.zeros(int(Hk), 256), 0.1)
+            torch.autograd.backward([o, lse], [torch.ones_like(o), torch.ones_like(lse)])
+            report(word)
+            continue
         gates = torch.zeros(1, 256, int(H), requires_grad=True)
         bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if "packed" in options else None
         plain = not {"window", "sink", "plain"}.isdisjoint(options)
@@ -28,11 +35,15 @@ def main(words):
             sink=torch.zeros(int(H)) if "sink" in options else None, window=100 if "window" in options else None,
         )  # fmt: skip
         o.backward(torch.ones_like(o))
-        for kernel in compile_only.compiled:
-            kernel |= compile_only.resources(kernel.pop("cubin"))
-            kernel["wgmma"] = kernel.pop("ptx").count("wgmma.mma_async")
-            print(json.dumps({"case": word, **kernel}))
-        compile_only.compiled.clear()
+        report(word)
+
+
+def report(word):
+    for kernel in compile_only.compiled:
+        kernel |= compile_only.resources(kernel.pop("cubin"))
+        kernel["wgmma"] = kernel.pop("ptx").count("wgmma.mma_async")
+        print(json.dumps({"case": word, **kernel}))
+    compile_only.compiled.clear()
 
 
 main(sys.argv[1:])

@@ -35,6 +35,17 @@ def test_packed_documents_equal_separate_ones():
     torch.testing.assert_close(packed, torch.cat([forgetting_attention(*document) for document in pairs], 1))
 
 
+def test_one_compiled_graph_serves_every_packing():
+    call = [x[:1].detach() for x in inputs(20)]
+    function = torch.compile(
+        lambda bounds: forgetting_attention(*call, cu_seqlens=bounds), fullgraph=True, backend="aot_eager"
+    )
+    for bounds in ([0, 7, 7, 8, 20], [0, 1, 2, 3, 20]):
+        bounds = torch.tensor(bounds, dtype=torch.int32)
+        expected = forgetting_attention(*call, cu_seqlens=bounds)
+        torch.testing.assert_close(function(bounds), expected, atol=5e-6, rtol=1e-5)  # sums of gates are fp32
+
+
 def test_strong_forgetting_over_a_long_row_keeps_the_near_biases():
     q, k, v, forget = inputs(4000, 1, dtype=torch.float32, strength=5.0)
     expected = forgetting_attention(*(x.detach().double() for x in (q, k, v, forget)), backend="reference")

@@ -45,11 +45,6 @@ def test_blocks_equal_the_definition(tokens, gate, monkeypatch):
     check(inputs(tokens, gate=gate))
 
 
-def plain_part(q, k, v, bias, scale):
-    scores = q @ k.transpose(-1, -2) * scale + (0 if bias is None else bias.unsqueeze(-2))
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("tokens", [5, 33, 150])
 @pytest.mark.parametrize("packed", [False, True])
@@ -59,7 +54,7 @@ def test_tree_of_blocks_equals_the_definition(tokens, gate, packed, monkeypatch)
     call = inputs(tokens, gate=gate, batch=1 if packed else 2)
     bounds = torch.tensor([0, 2, 2, tokens // 2, tokens], dtype=torch.int32) if packed else None
     expected = outputs(call, "reference", cu_seqlens=bounds)
-    o = tree.path_attention(Problem(**{"log_forget": None, **call}, scale=8**-0.5, cu_seqlens=bounds), plain_part)
+    o = tree.path_attention(Problem(**{"log_forget": None, **call}, scale=8**-0.5, cu_seqlens=bounds), tree.plain_part)
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = {"o": o, **dict(zip(call, torch.autograd.grad((o * weight).sum(), list(call.values()))))}
     for name, value in expected.items():
@@ -111,3 +106,13 @@ def test_misfit_is_named():
         path_attention(**{**call, "log_forget": call["log_forget"][..., :2]})
     with pytest.raises(FlameError, match="cu_seqlens"):
         path_attention(**call, cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_one_compiled_graph_serves_every_packing():
+    call = {name: x.detach() for name, x in inputs(20, batch=1).items()}
+    function = torch.compile(
+        lambda bounds: path_attention(**call, cu_seqlens=bounds), fullgraph=True, backend="aot_eager"
+    )
+    for bounds in ([0, 7, 7, 8, 20], [0, 1, 2, 3, 20]):
+        bounds = torch.tensor(bounds, dtype=torch.int32)
+        torch.testing.assert_close(function(bounds), path_attention(**call, cu_seqlens=bounds))

@@ -10,7 +10,7 @@ import torch
 
 from flame.kernels.path_attention import path_attention, tree
 from flame.kernels.path_attention.triton_parts import part_attention
-from tests.kernels.test_path_attention import inputs, plain_part
+from tests.kernels.test_path_attention import inputs
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -20,7 +20,7 @@ def test_part_and_its_normalizer_equal_plain_attention(queries, keys, biased):
     call = [torch.randn(2, n, d, generator=g) for n, d in ((queries, 16), (keys, 16), (keys, 12))]
     call.append(-torch.rand(2, keys, generator=g) if biased else None)
     results = []
-    for function, dtype in ((part_attention, torch.float32), (plain_part, torch.float64)):
+    for function, dtype in ((part_attention, torch.float32), (tree.plain_part, torch.float64)):
         leaves = [None if x is None else x.to(dtype).requires_grad_() for x in call]
         o, lse = function(*leaves, 0.3)
         loss = (o * torch.arange(12)).sum() + (lse * torch.arange(queries)).sum() / 9

@@ -55,6 +55,7 @@ def test_batches_and_late_queries():
 def test_packed_documents_never_meet():
     bounds = torch.tensor([0, 1, 1, 40, 45, 97, 130], dtype=torch.int32)
     check(inputs(130), cu_seqlens=bounds)
+    check(inputs(50, 130), cu_seqlens=bounds)  # the last part of a row whose keys were gathered
 
 
 def test_strong_forgetting_leaves_out_tiles_within_the_bound():

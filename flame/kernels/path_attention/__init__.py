@@ -78,6 +78,8 @@ def path_attention(  # noqa: PLR0913
         )  # imports triton, which a CPU does not need
 
         return tree.path_attention(problem, part_attention)
+    if chosen == "chunked" and cu_seqlens is not None and torch.compiler.is_compiling():
+        return tree.path_attention(problem, tree.plain_part)  # one graph for all packings
     return (reference if chosen == "reference" else chunked).path_attention(problem)
 
 

@@ -27,6 +27,14 @@ APART = 1e4  # what a document boundary takes off a score
 Part = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
 
+def plain_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """A part in plain torch: q [N, Tq, K], k [N, Tk, K], v [N, Tk, V], bias [N, Tk] -> o [N, Tq, V], lse [N, Tq]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
+    scores = scores if bias is None else scores + bias.unsqueeze(-2)
+    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+
+
 @dataclass(frozen=True)
 class Level:
     """M blocks of S tokens in N = B * H rows.

@@ -168,8 +168,8 @@ def row_ranges(
     clear = Tq
     end = Tq
     if PACKED:
-        clear = tl.load(end_ptr + first)
-        end = tl.load(end_ptr + last)
+        clear = tl.minimum(clear, tl.load(end_ptr + first) - offset)
+        end = tl.minimum(end, tl.load(end_ptr + last) - offset)
     if WINDOW > 0:
         clear = tl.minimum(clear, first + WINDOW - offset)
         end = tl.minimum(end, last + WINDOW - offset)

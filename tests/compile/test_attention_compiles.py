@@ -1,0 +1,33 @@
+"""The tiled attention kernels compile for Hopper, fit its shared memory and use its tensor cores; no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = 232448
+
+
+def check(*cases):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile.attention", *cases]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(kernels) == 3 * len(cases)
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY, kernel
+        assert kernel["wgmma"], kernel
+
+
+def test_gated_kernels_compile_for_hopper():
+    check("2:1:64:64:bfloat16")
+
+
+@pytest.mark.slow
+def test_every_option_compiles_for_hopper():
+    check("2:2:128:128:bfloat16:packed", "2:1:64:64:bfloat16:sink:window", "1:1:128:128:bfloat16:part")
