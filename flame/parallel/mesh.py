@@ -119,17 +119,19 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
     data_rank = device_mesh.get_local_rank("dp_replicate") * degrees.dp_shard + device_mesh.get_local_rank("dp_shard")
     shard = joint_axis(device_mesh, ("dp_shard", "cp"))
-    fsdp = device_mesh["dp_replicate", shard] if degrees.dp_replicate > 1 else device_mesh[shard]
-    data_group = device_mesh.get_group(joint_axis(device_mesh, ("dp_replicate", "dp_shard")))
-    loss_group = device_mesh.get_group(joint_axis(device_mesh, ("dp_replicate", "dp_shard", "cp")))
+    fsdp = device_mesh["dp_replicate", axis_name(shard)] if degrees.dp_replicate > 1 else shard
+    data_group = joint_axis(device_mesh, ("dp_replicate", "dp_shard")).get_group()
+    loss_group = joint_axis(device_mesh, ("dp_replicate", "dp_shard", "cp")).get_group()
     return Mesh(degrees, device_mesh, fsdp, data_rank, data_group, loss_group)
 
 
-def joint_axis(device_mesh: DeviceMesh, axes: tuple[str, ...]) -> str:
-    """Name of the axis that joins `axes` into one; no new one is made where at most one of them has several ranks."""
-    longer = [axis for axis in axes if device_mesh[axis].size() > 1]
-    if len(longer) <= 1:
-        return longer[0] if longer else axes[0]
-    name = "_".join(axes)
-    device_mesh[axes]._flatten(name)
-    return name
+def joint_axis(device_mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """The 1-D mesh that joins `axes` into one; no new one is made where at most one of them has several ranks."""
+    longer = tuple(axis for axis in axes if device_mesh[axis].size() > 1) or axes[:1]
+    return device_mesh[longer[0]] if len(longer) == 1 else device_mesh[longer]._flatten("_".join(longer))
+
+
+def axis_name(mesh: DeviceMesh) -> str:
+    names = mesh.mesh_dim_names
+    assert names is not None
+    return names[0]
