@@ -8,6 +8,7 @@ import torch
 
 from tests.kernels import interpreter  # noqa: F401  isort: skip
 
+from flame.errors import FlameError
 from flame.kernels.block_attention import block_attention, triton_op
 from flame.kernels.block_attention.selection import select_blocks
 
@@ -70,3 +71,16 @@ def test_flop_counters_see_both_passes():
         block_attention(*leaves, indices, block_size=16, backend="triton").sum().backward()
     forward = 2 * 2 * 32 * 2 * (16 + 16) * 2 * 16
     assert counter.get_total_flops() == forward + 5 * forward // 2
+
+
+def test_the_kernels_are_the_default_only_where_their_gradients_were_checked():
+    from flame.kernels.block_attention import fast_or_plain
+
+    def x(tokens, width, dtype=torch.float32):
+        return torch.empty(1, tokens, 2, width, dtype=dtype)
+
+    for q, k in ((x(4, 256), x(4, 256)), (x(1, 64), x(4, 64)), (x(4, 64, torch.float64), x(4, 64, torch.float64))):
+        assert fast_or_plain(q, k, k, None) == "chunked"
+    assert fast_or_plain(x(4, 256), x(4, 256), x(4, 256), "triton") == "triton"
+    with pytest.raises(FlameError, match="Tq = Tk"):
+        fast_or_plain(x(1, 64), x(4, 64), x(4, 64), "triton")

@@ -55,7 +55,7 @@ def block_attention(
             f"{q.shape[2]}; got {tuple(indices.shape)} for q {tuple(q.shape)}."
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = fast_or_plain(q, k, backend)
+    chosen = fast_or_plain(q, k, v, backend)
     if chosen == "triton":
         from flame.kernels.block_attention.triton_op import block_attention_triton  # a CPU needs no triton
 
@@ -64,10 +64,15 @@ def block_attention(
     return form.block_attention(q, k, v, indices, block_size, scale, cu_seqlens)
 
 
-def fast_or_plain(q: Tensor, k: Tensor, backend: str | None) -> str:
-    """The backend to run. The kernels are for whole rows in at most fp32; a decoder's few queries take the torch form."""
+PROVEN_WIDTH = 128  # channels of a head up to which the kernels' gradients have been checked on a GPU
+
+
+def fast_or_plain(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> str:
+    """The backend to run. The kernels are for whole rows in at most fp32; a decoder's few queries take the torch form, and
+    so do wide heads unless the kernels are asked for."""
     whole = q.shape[1] == k.shape[1] and q.dtype != torch.float64
-    if backend is None and not whole:
+    proven = max(k.shape[3], v.shape[3]) <= PROVEN_WIDTH
+    if backend is None and not (whole and proven):
         return "chunked"
     chosen = select_backend(q, backend)
     if chosen == "triton" and not whole:

@@ -116,8 +116,8 @@ def part_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
     """A tile that compiles on every GPU of interest."""
     wide = max(sizes.K, sizes.V) > 128
     return {
-        "BM": max(16, power_of_2(sizes.rows), 64),
+        "BM": max(16, power_of_2(sizes.rows), 64 if wide else 128),
         "BN": max(16, min(32 if wide else 64, power_of_2(block_size))),
-        "num_warps": 8 if wide else 4,
+        "num_warps": 8,
         "num_stages": 2,
     }

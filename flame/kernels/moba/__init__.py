@@ -83,7 +83,7 @@ def moba(  # noqa: PLR0913
         return softmax_attention(
             q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=plain_backend(backend)
         )
-    chosen = fast_or_plain(q, k, backend)
+    chosen = fast_or_plain(q, k, v, backend)
     if chosen == "triton":
         from flame.kernels.moba import triton_op  # a CPU needs no triton
 

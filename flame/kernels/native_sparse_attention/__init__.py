@@ -98,7 +98,7 @@ def native_sparse_attention(  # noqa: PLR0913
     if means is not None and cu_seqlens is not None:
         raise FlameError("native_sparse_attention: means are for decoding plain rows; leave them out with cu_seqlens.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = fast_or_plain(q, k, backend)
+    chosen = fast_or_plain(q, k, v, backend)
     if chosen == "triton":
         from flame.kernels.native_sparse_attention import triton_op  # a CPU needs no triton
 
