@@ -34,14 +34,15 @@ def _delta_kernel(o, do, delta, rows, V: tl.constexpr, BV: tl.constexpr, BR: tl.
 
 @triton.jit
 def _query_kernel(
-    q, k, v, do, lse, delta, order, pieces, starts, ends, part, first, S, NB, scale,
+    q, k, v, do, lse, delta, order, offsets, bucket_at, begin_at, starts, ends, part, first, S, NB, scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a block adds to dq / scale of the queries that chose it."""
-    piece = pieces + tl.program_id(0) * 4
-    bucket, begin, end = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+    bucket = tl.load(bucket_at + tl.program_id(0))
+    begin = tl.load(begin_at + tl.program_id(0))
+    end = tl.minimum(begin + BQ, tl.load(offsets + bucket + 1))
     if begin < end:
         head, block = bucket // NB, bucket % NB
         start, stop = tl.load(starts + block), tl.load(ends + block)
@@ -65,15 +66,16 @@ def _query_kernel(
 
 @triton.jit
 def _key_kernel(
-    q, k, v, do, lse, delta, order, pieces, starts, ends, part, dk, dv, dk_part, dv_part,
-    first, S, NB, SIZE, scale, softmax_scale,
+    q, k, v, do, lse, delta, order, offsets, bucket_at, begin_at, slot_at, starts, ends, part, dk, dv, dk_part, dv_part,
+    first, S, NB, SIZE, LENGTH, scale, softmax_scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, WITH_DQ: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys of a block from a piece of its bucket, in fp32; all products have the keys in their rows."""
-    piece = pieces + tl.program_id(0) * 4
-    bucket, begin, end, slot = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2), tl.load(piece + 3)
+    piece = tl.program_id(0)
+    bucket, begin, slot = tl.load(bucket_at + piece), tl.load(begin_at + piece), tl.load(slot_at + piece)
+    end = tl.minimum(begin + LENGTH, tl.load(offsets + bucket + 1))
     head, block = bucket // NB, bucket % NB
     start, stop = tl.load(starts + block), tl.load(ends + block)
     j = start + tl.program_id(1) * BN + tl.arange(0, BN)
@@ -193,7 +195,7 @@ class KeyPass:
         key = tile_key("keys", sizes, blocks.size, q.dtype)
         tile = dict(tiles.choose(OP, key, key_tile(sizes, blocks.size), q.device))
         queries = sizes.queries(tile.pop("BM"))
-        # Triton 3.6 stores a wrong [256, rows] tile there; see the page on sparse attention.
+        # With K = 192 on an H200 under Triton 3.6 the parts of dq left here were wrong, with K = 256 an illegal access.
         self.fused = tile["BN"] >= blocks.size and sizes.K <= 128
         self.pieces = cut(entries, max(queries, ROWS_PER_PIECE // power_of_2(sizes.rows)))
         self.tensors, self.entries, self.blocks, self.sizes = tensors, entries, blocks, sizes
@@ -204,17 +206,18 @@ class KeyPass:
 
     def __call__(self, band: int, first: int) -> None:
         blocks, sizes, add, size = self.blocks, self.sizes, self.entries.bands > 1, self.blocks.size
-        table, slots = self.pieces.table[band], self.pieces.slots[band]
+        pieces = self.pieces
         _key_kernel[self.pieces.count, cdiv(size, self.options["BN"])](
-            *self.tensors, self.entries.order, table, blocks.starts, blocks.ends, self.part, self.dk, self.dv, *self.partial,
-            first, self.entries.choices.shape[2], blocks.count, size, sizes.scale * LOG2E, sizes.scale, ADD=add,
+            *self.tensors, self.entries.order, self.entries.offsets[band], pieces.bucket[band], pieces.begin[band],
+            pieces.slot[band], blocks.starts, blocks.ends, self.part, self.dk, self.dv, *self.partial,
+            first, self.entries.choices.shape[2], blocks.count, size, pieces.length, sizes.scale * LOG2E, sizes.scale, ADD=add,
             **self.options,
         )  # fmt: skip
         for x_part, x in zip(self.partial, (self.dk, self.dv)):
             BD, BN = max(16, power_of_2(x.shape[-1])), max(1, min(32, power_of_2(size)))
             _sum_pieces_kernel[self.entries.buckets, cdiv(size, BN)](
-                slots, blocks.starts, blocks.ends, x_part, x, blocks.count, size, Hk=sizes.Hk, D=x.shape[-1], BD=BD, BN=BN,
-                ADD=add,
+                pieces.slots[band], blocks.starts, blocks.ends, x_part, x, blocks.count, size, Hk=sizes.Hk, D=x.shape[-1],
+                BD=BD, BN=BN, ADD=add,
             )  # fmt: skip
 
 
@@ -230,8 +233,9 @@ def _query_pass(
 
     def run(band: int, first: int) -> None:
         _query_kernel[(pieces.count,)](
-            *tensors, entries.order, pieces.table[band], blocks.starts, blocks.ends, part, first, entries.choices.shape[2],
-            blocks.count, sizes.scale * LOG2E, **sizes.constants(), BQ=queries, PRECISION=precision(q), **tile,
+            *tensors, entries.order, entries.offsets[band], pieces.bucket[band], pieces.begin[band], blocks.starts,
+            blocks.ends, part, first, entries.choices.shape[2], blocks.count, sizes.scale * LOG2E, **sizes.constants(),
+            BQ=queries, PRECISION=precision(q), **tile,
         )  # fmt: skip
 
     return run

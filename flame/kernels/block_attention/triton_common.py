@@ -74,11 +74,10 @@ def store_rows(at, row, ok, x, D: tl.constexpr, BD: tl.constexpr):
 def gathered_entries(
     order, begin, end, first, S, Hs: tl.constexpr, GR: tl.constexpr, GP: tl.constexpr, R: tl.constexpr
 ):
-    """The R / GP entries from `begin` on, a row for each query head: its place among the parts of the band that starts at
-    query `first`, the query, the query head, and whether there is one."""
+    """The R / GP entries from `begin` on: (entry, query, query head, whether there is one), a row for each query head."""
     r = tl.arange(0, R)
     g = r % GP
     ok = (begin + r // GP < end) & (g < GR)
     entry = tl.load(order + begin + r // GP, mask=ok, other=0)
     pair = entry // S
-    return (entry - first * Hs * S) * GR + g, pair // Hs, (pair % Hs) * GR + g, ok
+    return entry * GR + g, first + pair // Hs, (pair % Hs) * GR + g, ok

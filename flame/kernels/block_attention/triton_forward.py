@@ -21,14 +21,15 @@ OP = "block_attention"
 
 @triton.jit
 def _part_kernel(
-    q, k, v, order, pieces, starts, ends, part, lse, first, S, NB, scale,
+    q, k, v, order, offsets, bucket_at, begin_at, starts, ends, part, lse, first, S, NB, scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of up to BQ entries of a bucket to its block: outputs normalised in the block, and log2 of the weight."""
-    piece = pieces + tl.program_id(0) * 4
-    bucket, begin, end = tl.load(piece), tl.load(piece + 1), tl.load(piece + 2)
+    bucket = tl.load(bucket_at + tl.program_id(0))
+    begin = tl.load(begin_at + tl.program_id(0))
+    end = tl.minimum(begin + BQ, tl.load(offsets + bucket + 1))
     if begin < end:
         head, block = bucket // NB, bucket % NB
         start, stop = tl.load(starts + block), tl.load(ends + block)
@@ -96,8 +97,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, si
     BR = max(1, 2048 // BV)
     for band, (first, last) in enumerate(entries.queries()):
         _part_kernel[(pieces.count,)](
-            q, k, v, entries.order, pieces.table[band], blocks.starts, blocks.ends, part, part_lse, first, S, blocks.count,
-            scale, **options,
+            q, k, v, entries.order, entries.offsets[band], pieces.bucket[band], pieces.begin[band], blocks.starts,
+            blocks.ends, part, part_lse, first, S, blocks.count, scale, **options,
         )  # fmt: skip
         rows = (last - first) * sizes.H
         _join_kernel[(cdiv(rows, BR),)](

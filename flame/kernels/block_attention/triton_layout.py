@@ -79,12 +79,17 @@ def _make_blocks(
     return Blocks(tokens, size, count, columns, starts, ends, finish, origin, base)
 
 
+def _aligned(columns: int) -> int:
+    return cdiv(columns, 4) * 4
+
+
 @dataclass(frozen=True)
 class Entries:
     """The choices of all queries, sorted by band of queries, then by bucket, then by query.
 
     choices: `[tokens, Hs, S]` int32, blocks numbered through all documents, -1 for none. order: `[tokens * Hs * S]` int32,
-    places in `choices`; those that chose nothing come last. offsets: `[bands * buckets + 1]` int32 into it.
+    places in the choices of the entry's band; those that chose nothing come last. offsets: int32
+    into it, a row of buckets + 1 for each band and a few more, so that every row is aligned as kernels like it.
     """
 
     choices: Tensor
@@ -111,8 +116,10 @@ def sort_entries(indices: Tensor, blocks: Blocks, kv_heads: int, band: int) -> E
     head = torch.arange(heads, device=indices.device, dtype=torch.int32) // (heads // kv_heads)
     place = (token // band * buckets)[:, None] + (head * blocks.count)[None, :]
     bucket, order = torch.where(seen, choices + place[:, :, None], bands * buckets).int().flatten().sort(stable=True)
-    numbers = torch.arange(bands * buckets + 1, device=indices.device, dtype=torch.int32)
+    band_starts = torch.arange(bands, device=indices.device, dtype=torch.int32)[:, None] * buckets
+    numbers = band_starts + torch.arange(_aligned(buckets + 1), device=indices.device, dtype=torch.int32)
     offsets = torch.searchsorted(bucket, numbers, out_int32=True)
+    order = order % (band * choices[0].numel())
     return Entries(choices, order.int(), offsets, band, bands, buckets)
 
 
@@ -120,22 +127,25 @@ def sort_entries(indices: Tensor, blocks: Blocks, kv_heads: int, band: int) -> E
 class Pieces:
     """Buckets cut into pieces of at most `length` entries.
 
-    count, most_slots: bounds on the pieces and the slots of a band. table: `[bands, count, 4]` int32, a piece's bucket,
-    first entry in `order`, end and slot; surplus pieces are empty. A slot is a place among the pieces of a band's buckets
-    with several, -1 for the only piece of a bucket. slots: `[bands, buckets + 1]` int32, where a bucket's places begin.
+    count, most_slots: bounds on the pieces and the slots of a band. bucket, begin: `[bands, count]` int32, a piece's bucket
+    and first entry in `order`; a surplus piece begins after all entries. slot: `[bands, count]` int32, a place among the
+    pieces of a band's buckets with several, -1 for the only piece of a bucket. slots: int32, rows of buckets + 1 and
+    a few more, where a bucket's places begin.
     """
 
     count: int
+    length: int
     most_slots: int
-    table: Tensor
+    bucket: Tensor
+    begin: Tensor
+    slot: Tensor
     slots: Tensor
 
 
 def cut(entries: Entries, length: int) -> Pieces:
     total = entries.band * entries.choices[0].numel()
-    bound = total // length + min(entries.buckets, total)
-    offsets = entries.offsets
-    sizes = offsets.diff().view(entries.bands, entries.buckets)
+    bound = _aligned(total // length + min(entries.buckets, total))
+    sizes = entries.offsets[:, : entries.buckets + 1].diff()
     each = (sizes + length - 1) // length
     last = each.cumsum(1)
     index = torch.arange(bound, device=each.device).repeat(entries.bands, 1)
@@ -144,11 +154,10 @@ def cut(entries: Entries, length: int) -> Pieces:
     bucket = bucket.clamp(max=entries.buckets - 1)
     pieces = each.gather(1, bucket)
     rank = index - last.gather(1, bucket) + pieces
-    starts = offsets[:-1].view_as(sizes).gather(1, bucket)
-    begin = starts + rank * length
-    end = torch.where(real, torch.minimum(begin + length, starts + sizes.gather(1, bucket)), 0)
-    slots = torch.nn.functional.pad(torch.where(each > 1, each, 0).cumsum(1), (1, 0))
+    begin = torch.where(real, entries.offsets.gather(1, bucket) + rank * length, entries.order.numel())
+    several = torch.where(each > 1, each, 0).cumsum(1)
+    slots = torch.nn.functional.pad(several, (1, _aligned(entries.buckets + 1) - entries.buckets - 1))
     slot = torch.where(pieces > 1, slots.gather(1, bucket) + rank, -1)
-    table = torch.stack([bucket, torch.where(real, begin, 0), end, slot], -1)
     # A bucket with several pieces fills all but its last, so it has at most twice as many as it fills.
-    return Pieces(bound, max(1, 2 * (total // length)), table.int(), slots.int())
+    most_slots = max(1, 2 * (total // length))
+    return Pieces(bound, length, most_slots, *(x.int() for x in (bucket, begin, slot, slots)))

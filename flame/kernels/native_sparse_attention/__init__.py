@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.block_attention import check_shapes, fast_or_plain
+from flame.kernels.block_attention import check_shapes, fast_or_plain, plain_backend
 from flame.kernels.head_exchange import whole_rows
 from flame.kernels.native_sparse_attention import chunked, reference
 from flame.kernels.sequence import SequenceShard
@@ -99,15 +99,17 @@ def native_sparse_attention(  # noqa: PLR0913
         raise FlameError("native_sparse_attention: means are for decoding plain rows; leave them out with cu_seqlens.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = fast_or_plain(q, k, v, backend)
+    window = None
+    if pattern.window:
+        window = softmax_attention(
+            q, k, v, scale=scale, window=pattern.window, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+            backend=plain_backend(backend),
+        )  # fmt: skip
     if chosen == "triton":
         from flame.kernels.native_sparse_attention import triton_op  # a CPU needs no triton
 
         parts = triton_op.branches(q, k, v, pattern, scale, cu_seqlens, block_indices, max_seqlen)
-        window = triton_op.window_attention(q, k, v, pattern.window, scale, cu_seqlens) if pattern.window else None
         return triton_op.gated_sum(*parts, window, gates)
-    window = None
-    if pattern.window:
-        window = softmax_attention(q, k, v, scale=scale, window=pattern.window, cu_seqlens=cu_seqlens, backend=backend)
     form = reference if chosen == "reference" else chunked
     parts = form.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)
     return _gated_sum((*parts, window), gates).to(q.dtype)

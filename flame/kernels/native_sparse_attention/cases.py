@@ -99,7 +99,7 @@ def chosen_weight(tensors: Tensors, pattern: SparsePattern, backend: str | None)
 
         blocks = make_blocks(q, pattern.block_size, None)
         k_means, v_means = packed_means(tensors["k"], blocks), packed_means(tensors["v"], blocks)
-        _, lse = triton_op.forward(tensors["q"], k_means, v_means, None, pattern.block_size, None, 0, scale)
+        _, lse = triton_op.forward(tensors["q"], k_means, v_means, None, pattern.block_size, None, scale)
         indices = triton_op.choose(
             tensors["q"], k_means, lse, None, pattern.block_size, None, pattern.block_count, scale
         )

@@ -1,8 +1,4 @@
-"""The compressed branch on a GPU: queries attend to the means of the blocks that end at or before them.
-
-With blocks of one key and a window this is the window branch: "means" are then the keys themselves, of which a query sees
-the newest `window`.
-"""
+"""The compressed branch on a GPU: queries attend to the means of the blocks that end at or before them."""
 
 from __future__ import annotations
 
@@ -21,19 +17,15 @@ OP = "native_sparse_attention"
 
 @triton.jit
 def _query_tile(
-    origin, base, tokens, SIZE, WINDOW: tl.constexpr, H: tl.constexpr, GR: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, tile, head,
-):  # fmt: skip
+    origin, base, tokens, SIZE, H: tl.constexpr, GR: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, tile, head
+):
     """Rows of a tile of BQ queries: (row of [tokens, H], whether there is one, first block and end of what it sees)."""
     r = tl.arange(0, BQ * GP)
     t = tile * BQ + r // GP
     ok = (t < tokens) & (r % GP < GR)
     low = tl.load(base + t, mask=ok, other=2147483647)
     seen = (t - tl.load(origin + t, mask=ok, other=0) + 1) // SIZE
-    high = tl.where(ok, low + seen, 0)
-    if WINDOW > 0:
-        low = tl.where(ok, tl.maximum(low, high - WINDOW), low)
-    return t.to(tl.int64) * H + head * GR + r % GP, ok, low, high
+    return t.to(tl.int64) * H + head * GR + r % GP, ok, low, tl.where(ok, low + seen, 0)
 
 
 @triton.jit
@@ -41,12 +33,12 @@ def _forward_kernel(
     q, means, values, origin, base, o, lse, tokens, SIZE, scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
+    BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     # The last queries see most blocks: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row, ok, low, high = _query_tile(origin, base, tokens, SIZE, WINDOW, H, GR, GP, BQ, tile, head)
+    row, ok, low, high = _query_tile(origin, base, tokens, SIZE, H, GR, GP, BQ, tile, head)
     queries = load_rows(q, row, ok, K, BK)
     most = tl.full([BQ * GP], -float("inf"), tl.float32)
     total = tl.zeros([BQ * GP], tl.float32)
@@ -74,11 +66,11 @@ def _query_kernel(
     q, means, values, do, lse, delta, origin, base, dq, tokens, SIZE, scale, softmax_scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
+    BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    row, ok, low, high = _query_tile(origin, base, tokens, SIZE, WINDOW, H, GR, GP, BQ, tile, head)
+    row, ok, low, high = _query_tile(origin, base, tokens, SIZE, H, GR, GP, BQ, tile, head)
     queries, grads = load_rows(q, row, ok, K, BK), load_rows(do, row, ok, V, BV)
     weight, shift = tl.load(lse + row, mask=ok, other=0.0), tl.load(delta + row, mask=ok, other=0.0)
     sum_ = tl.zeros([BQ * GP, BK], tl.float32)
@@ -101,7 +93,7 @@ def _mean_kernel(
     softmax_scale,
     H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr,
+    BQ: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BC means from the SPAN queries of one split, fp32 `[splits, NB, Hk, .]`; the means lie in the rows."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -113,10 +105,8 @@ def _mean_kernel(
     # Tiles of queries count from token 0, so the first may begin before the split does: `t >= begin` cuts it.
     begin = tl.load(starts + tl.program_id(0) * BC) + SIZE - 1 + split * SPAN
     end = tl.minimum(begin + SPAN, tl.max(tl.load(finish + c, mask=inside, other=0), 0))
-    if WINDOW > 0:
-        end = tl.minimum(end, tl.program_id(0) * BC + BC - 1 + WINDOW)
     for tile in range(begin // BQ, tl.cdiv(end, BQ)):
-        row, ok, low, high = _query_tile(origin, base, tokens, SIZE, WINDOW, H, GR, GP, BQ, tile, head)
+        row, ok, low, high = _query_tile(origin, base, tokens, SIZE, H, GR, GP, BQ, tile, head)
         t = tile * BQ + tl.arange(0, BQ * GP) // GP
         ok = ok & (t >= begin) & (t < end)
         queries, grads = load_rows(q, row, ok, K, BK), load_rows(do, row, ok, V, BV)
@@ -132,50 +122,39 @@ def _mean_kernel(
     store_rows(dvalues, out, inside, sum_v, V, BV)
 
 
-def attend(
-    q: Tensor, means: Tensor, values: Tensor, blocks: Blocks, sizes: Sizes, window: int
-) -> tuple[Tensor, Tensor]:
-    """o `[B, T, H, V]`, zero for queries that see no block, and log2 of the softmax sums `[B, T, H]`; window 0 is none."""
+def attend(q: Tensor, means: Tensor, values: Tensor, blocks: Blocks, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """o `[B, T, H, V]`, zero for queries that see no block, and log2 of the softmax sums `[B, T, H]`."""
     o, lse = q.new_empty(*q.shape[:3], sizes.V), q.new_empty(q.shape[:3], dtype=torch.float32)
     tile, queries = _tile("compressed", q, sizes, 128, 8)
     _forward_kernel[cdiv(blocks.tokens, queries), sizes.Hk](
         q, means, values, blocks.origin, blocks.base, o, lse, blocks.tokens, blocks.size, sizes.scale * LOG2E,
-        **sizes.constants(), BQ=queries, PRECISION=precision(q), WINDOW=window, **tile,
+        **sizes.constants(), BQ=queries, PRECISION=precision(q), **tile,
     )  # fmt: skip
     return o, lse
 
 
-def differentiate(
-    tensors: tuple[Tensor, ...], blocks: Blocks, sizes: Sizes, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def differentiate(tensors: tuple[Tensor, ...], blocks: Blocks, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, means and values; tensors are q, means, values, do, lse, delta."""
     q, means, values = tensors[:3]
     dq = torch.empty_like(q)
     tile, queries = _tile("compressed_queries", q, sizes, 128, 8)
-    options = {**sizes.constants(), "PRECISION": precision(q), "WINDOW": window}
+    options = {**sizes.constants(), "PRECISION": precision(q)}
     _query_kernel[cdiv(blocks.tokens, queries), sizes.Hk](
         *tensors, blocks.origin, blocks.base, dq, blocks.tokens, blocks.size, sizes.scale * LOG2E, sizes.scale, **options,
         BQ=queries, **tile,
     )  # fmt: skip
     tile, queries = _tile("compressed_means", q, sizes, 64, 4, 64)
     parts = cdiv(blocks.count, tile["BC"])
-    if window:
-        span, splits = tile["BC"] + window, 1
-    else:
-        span = split_span(blocks, parts * sizes.Hk, tiles.multiprocessors(q.device))
-        # From the first block of a part to the end of its last one's document.
-        splits = cdiv(min(blocks.tokens, (blocks.columns + tile["BC"]) * blocks.size), span)
+    span = split_span(blocks, parts * sizes.Hk, tiles.multiprocessors(q.device))
+    # From the first block of a part to the end of its last one's document.
+    splits = cdiv(min(blocks.tokens, (blocks.columns + tile["BC"]) * blocks.size), span)
     dmeans = means.new_empty(splits, *means.shape, dtype=torch.float32)
     dvalues = values.new_empty(splits, *values.shape, dtype=torch.float32)
     _mean_kernel[parts, sizes.Hk, splits](
         *tensors, blocks.origin, blocks.base, blocks.starts, blocks.finish, dmeans, dvalues, blocks.tokens, blocks.size,
         blocks.count, span, sizes.scale * LOG2E, sizes.scale, **options, BQ=queries, **tile,
     )  # fmt: skip
-    return dq, _total(dmeans).to(means.dtype), _total(dvalues).to(values.dtype)
-
-
-def _total(x: Tensor) -> Tensor:
-    return x[0] if x.shape[0] == 1 else x.sum(0)
+    return dq, dmeans.sum(0).to(means.dtype), dvalues.sum(0).to(values.dtype)
 
 
 def split_span(blocks: Blocks, programs: int, multiprocessors: int) -> int:

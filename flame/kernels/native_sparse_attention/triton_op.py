@@ -33,17 +33,12 @@ def branches(
     size = pattern.block_size
     blocks = make_blocks(k, size, cu_seqlens)
     k_means, v_means = packed_means(k, blocks), packed_means(v, blocks)
-    compressed, lse = compressed_attention(q, k_means, v_means, cu_seqlens, size, max_seqlen, 0, scale)
+    compressed, lse = compressed_attention(q, k_means, v_means, cu_seqlens, size, max_seqlen, scale)
     if block_indices is None:
         block_indices = torch.ops.flame.nsa_choose(
             q.detach(), k_means.detach(), lse, cu_seqlens, size, max_seqlen, pattern.block_count, scale
         )
     return compressed, block_attention_triton(q, k, v, block_indices, cu_seqlens, size, scale)[0]
-
-
-def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, cu_seqlens: Tensor | None) -> Tensor:
-    """Attention to the newest `window` keys: the compressed branch over blocks of one key."""
-    return compressed_attention(q, k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, 1, None, window, scale)[0]
 
 
 def _sizes(q: Tensor, k_means: Tensor, v_means: Tensor, scale: float) -> Sizes:
@@ -58,13 +53,12 @@ def forward(
     cu_seqlens: Tensor | None,
     block_size: int,
     max_seqlen: int | None,
-    window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and log2 sums `[B, T, H]`; means `[blocks, Hk, .]`."""
     q, k_means, v_means = (x.contiguous() for x in (q, k_means, v_means))
     blocks = make_blocks(q, block_size, cu_seqlens, max_seqlen)
-    return triton_compressed.attend(q, k_means, v_means, blocks, _sizes(q, k_means, v_means, scale), window)
+    return triton_compressed.attend(q, k_means, v_means, blocks, _sizes(q, k_means, v_means, scale))
 
 
 def backward(
@@ -77,13 +71,12 @@ def backward(
     cu_seqlens: Tensor | None,
     block_size: int,
     max_seqlen: int | None,
-    window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k_means, v_means, do = (x.contiguous() for x in (q, k_means, v_means, do.to(o.dtype)))
     blocks = make_blocks(q, block_size, cu_seqlens, max_seqlen)
     tensors = (q, k_means, v_means, do, lse, row_sums(o, do))
-    return triton_compressed.differentiate(tensors, blocks, _sizes(q, k_means, v_means, scale), window)
+    return triton_compressed.differentiate(tensors, blocks, _sizes(q, k_means, v_means, scale))
 
 
 def choose(
@@ -108,11 +101,11 @@ _GATED = "Tensor a, Tensor b, Tensor? c, Tensor gates"
 _library = torch.library.Library("flame", "FRAGMENT")
 _SCHEMAS = {
     "nsa_compressed": (
-        f"({_MEANS}, Tensor? cu_seqlens, int block_size, int? max_seqlen, int window, float scale) -> (Tensor, Tensor)",
+        f"({_MEANS}, Tensor? cu_seqlens, int block_size, int? max_seqlen, float scale) -> (Tensor, Tensor)",
         forward,
     ),
     "nsa_compressed_backward": (
-        f"(Tensor do, {_MEANS}, Tensor o, Tensor lse, Tensor? cu_seqlens, int block_size, int? max_seqlen, int window, "
+        f"(Tensor do, {_MEANS}, Tensor o, Tensor lse, Tensor? cu_seqlens, int block_size, int? max_seqlen, "
         "float scale) -> (Tensor, Tensor, Tensor)",
         backward,
     ),
@@ -131,12 +124,12 @@ for _name, (_schema, _function) in _SCHEMAS.items():
 
 
 @torch.library.register_fake("flame::nsa_compressed")
-def _fake(q, k_means, v_means, cu_seqlens, block_size, max_seqlen, window, scale):
+def _fake(q, k_means, v_means, cu_seqlens, block_size, max_seqlen, scale):
     return q.new_empty(*q.shape[:3], v_means.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("flame::nsa_compressed_backward")
-def _fake_backward(do, q, k_means, v_means, o, lse, cu_seqlens, block_size, max_seqlen, window, scale):
+def _fake_backward(do, q, k_means, v_means, o, lse, cu_seqlens, block_size, max_seqlen, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k_means, v_means))
 
 
@@ -156,14 +149,14 @@ def _fake_gate_backward(do, a, b, c, gates):
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k_means, v_means, cu_seqlens, ctx.block_size, ctx.max_seqlen, ctx.window, ctx.scale = inputs
+    q, k_means, v_means, cu_seqlens, ctx.block_size, ctx.max_seqlen, ctx.scale = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k_means, v_means, o, lse, cu_seqlens)
 
 
 def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_direct_backward(do, *ctx.saved_tensors, ctx.block_size, ctx.max_seqlen, ctx.window, ctx.scale), *[None] * 5
+    return *_direct_backward(do, *ctx.saved_tensors, ctx.block_size, ctx.max_seqlen, ctx.scale), None, None, None, None
 
 
 def _setup_gate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
