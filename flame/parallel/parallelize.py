@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flame.config.sections import JobConfig
+from flame.errors import ConfigError
 from flame.models.config import ModelConfig
 from flame.models.decoder import CausalLM, build_model
 from flame.models.initialize import initialize_weights
@@ -58,6 +59,11 @@ def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.devic
     """
     check_context_parallel(model, job, mesh.degrees.cp)
     if mesh.degrees.tp > 1:
+        if job.compile.cuda_graph:
+            raise ConfigError(
+                "parallelism.tensor_parallel_degree above 1 needs compile.cuda_graph = false: recording the exchanges of "
+                "tensor-parallel ranks has not been tried."
+            )
         apply_tensor_parallel(model, mesh.axis("tp"), deals_rows=mesh.degrees.pp == 1)
     blocks = list(model.blocks)
     section = job.activation_checkpoint
