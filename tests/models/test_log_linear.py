@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from golden import assert_golden
@@ -9,6 +11,7 @@ from properties import (
     tokens,
 )
 
+from flame.config import load_job
 from flame.errors import ConfigError
 from flame.models import build_model
 
@@ -118,3 +121,12 @@ def test_flops_grow_by_the_log_of_the_sequence():
 def test_impossible_configs_name_the_key(config, names):
     with pytest.raises(ConfigError, match=names):
         build_model({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, **config})
+
+
+@pytest.mark.parametrize("size, low, high", [("340M", 300e6, 400e6), ("1.3B", 1.25e9, 1.45e9)])
+@pytest.mark.parametrize("system", ["log_linear_mamba2", "log_linear_gated_deltanet"])
+def test_train_configs_have_the_size_in_their_name(system, size, low, high):
+    job = load_job(Path(__file__).parents[2] / "train_configs" / f"{system}_{size}.toml", [])
+    assert job.model.keys["model_type"] == system
+    with torch.device("meta"):
+        assert low < build_model(job.model.keys).parameter_count < high
