@@ -17,6 +17,8 @@ SMALL = {  # what a system needs to be small, where two heads of 16 do not say i
     "lightnet": {"expand_ratio": 16, "gate_low_rank_dim": 8},
     "mamba": {"intermediate_size": 64},
     "mamba2": {"head_dim": 16, "state_size": 8, "intermediate_size": None},
+    "log_linear_mamba2": {"head_dim": 16, "state_size": 8, "intermediate_size": None},
+    "log_linear_gated_deltanet": {"num_heads": 2, "head_dim": 16},
     "samba": {"attn": {"layers": [1], "num_heads": 2, "window_size": 9}, "intermediate_size": 64},
     "rwkv6": {"num_heads": 2, "proj_low_rank_dim": 4, "gate_low_rank_dim": 8},
     "rwkv7": {"head_dim": 16, **LOW_RANK},
