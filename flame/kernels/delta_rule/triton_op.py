@@ -203,7 +203,7 @@ def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict
     )  # fmt: skip
     if scores:
         for kernel, name, width, selected in (
-            (prepare, "prepare", 64, c.kind()),
+            (prepare, "prepare", 32, c.kind()),
             (prepare_keys, "prepare by halves", 16, kind),
         ):
             default = {"SLICE": min(width, padded(c.K)), "num_warps": 1, "num_stages": 1}
@@ -348,8 +348,7 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
     dv = c.v.new_empty(c.v.shape)
     M, H, rows = c.cut.num_chunks, c.H, c.q.shape[0] * c.q.shape[1]
-    warps = 8 if c.decay_kind == KEY.value else 4
-    tile = c.tile("rows", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": warps, "num_stages": 1})
+    tile = c.tile("rows", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1})
     parts = triton.cdiv(c.K, tile["TK"])
     # Every tile of keys makes a part of the gradients that are sums over key channels.
     dbeta = c.new(0) if c.beta is None else c.new(parts, *heads, dtype=torch.float32)
