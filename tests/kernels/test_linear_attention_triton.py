@@ -64,7 +64,6 @@ def test_packed_documents_never_meet(kind):
 def short_segments(monkeypatch):
     """Cut time every 64 tokens, so that a short sequence takes the way of a long one."""
     monkeypatch.setattr(triton_layout, "ANCHOR", 64)
-    monkeypatch.setattr(triton_layout, "SCALAR_ANCHOR", 64)
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 20)
     triton_layout.dense_items.cache_clear()
     yield
@@ -97,7 +96,7 @@ def test_wide_heads_equal_narrow_ones(kind, size, monkeypatch):
 
 
 def test_parts_are_the_fewest_that_fit():
-    assert [triton_wide.parts(width) for width in (64, 256, 300, 512, 4096)] == [1, 1, 2, 2, 16]
+    assert [triton_wide.parts(width) for width in (64, 100, 153, 256, 300, 512, 4096)] == [1, 1, 3, 1, 3, 2, 16]
 
 
 def test_strided_views_are_read_in_place():

@@ -134,11 +134,9 @@ def vectors(columns: str) -> list[tiles.Tile]:
 
 
 def prepares() -> list[tiles.Tile]:
-    rows = [(64, 4, 1), (32, 4, 0), (32, 4, 1), (64, 8, 0), (64, 8, 1)]
-    return [{"BT": 64, "BK": width, "num_warps": warps, "DOTS": dots} for width, warps, dots in rows]
+    return [{"BT": 64, "BK": width, "num_warps": warps} for width, warps in ((64, 4), (32, 4), (64, 8), (32, 8))]
 
 
 def finishes() -> list[tiles.Tile]:
-    rows = [(64, 8, 3, 0), (64, 8, 2, 0), (32, 4, 3, 0), (32, 4, 3, 1), (32, 4, 2, 0), (32, 4, 1, 0), (32, 4, 3, 3)]
-    rows += [(32, 8, 3, 0), (16, 4, 3, 0), (16, 4, 2, 0), (16, 4, 3, 1)]
-    return [{"BK": bk, "num_warps": warps, "num_stages": stages, "DOTS": dots} for bk, warps, stages, dots in rows]
+    rows = [(32, 4, 3), (32, 4, 2), (32, 4, 1), (16, 4, 3), (16, 4, 2), (64, 8, 3)]
+    return [{"BK": bk, "num_warps": warps, "num_stages": stages} for bk, warps, stages in rows]

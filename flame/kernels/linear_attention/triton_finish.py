@@ -50,9 +50,7 @@ def finish(
     VARLEN: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
-    DOTS: tl.constexpr,
 ):
-    # DOTS: 1 sums the decay by products, 2 the decay's gradient, 3 both.
     TERMS: tl.constexpr = 1 if decay_ptr.dtype.element_ty == tl.bfloat16 else 3
     item = tl.program_id(2) // H
     head = tl.program_id(2) % H
@@ -96,10 +94,11 @@ def finish(
             raw = load_rows(decay_ptr, rows, HG * K, columns, keep, K, BK)
             k = load_rows(k_ptr, rows, stride_kt, columns, keep, K, BK)
             log = raw.to(tl.float32) * LOG2E
-            if DOTS & 1:
-                decayed = running_sum((local[:, None] >= local[None, :]).to(tl.bfloat16), raw, TERMS) * LOG2E
-            else:
+            if tl.float32 == DOT:
                 decayed = tl.cumsum(log, 0)
+            else:
+                earlier = (local[:, None] >= local[None, :]).to(tl.bfloat16)
+                decayed = running_sum(earlier, raw, TERMS) * LOG2E
             whole = tl.sum(log, 0)
             if BONUS:
                 reader = tl.exp2(decayed - log)
@@ -159,11 +158,11 @@ def finish(
                             product += near_read - near_k.to(tl.float32) * other
             if DECAY_GRADIENT:
                 total = tl.sum(product, 0)
-                if DOTS & 2:
-                    later = (local[:, None] <= local[None, :]).to(tl.bfloat16)
-                    gradient = carry[None, :] + running_sum(later, product, 3 if tl.float32 == DOT else 2)
-                else:
+                if tl.float32 == DOT:
                     gradient = (carry + total)[None, :] - tl.cumsum(product, 0) + product
+                else:
+                    later = (local[:, None] <= local[None, :]).to(tl.bfloat16)
+                    gradient = carry[None, :] + running_sum(later, product, 2)
                 if BONUS:
                     gradient -= read
                 tl.store(ddecay_ptr + at, gradient.to(ddecay_ptr.dtype.element_ty), mask=inside)

@@ -55,7 +55,9 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
             "DOTS": 0,
         }
     if name.startswith("finish"):
-        return {"BK": min(64 // wide, power_of_2(K)), "num_warps": 8, "DOTS": 0}
+        strong = name == "finish_strong"
+        width = 64 if strong else 32
+        return {"BK": min(width // wide, power_of_2(K)), "num_warps": 8 if strong or wide > 1 else 4}
     columns = "BV" if name == "key" else "BK"
     width = min(64 if summed <= 256 else 32, power_of_2(V if name == "key" else K))
     stages = 2 if summed <= 128 else 1
