@@ -41,9 +41,11 @@ def test_bf16_sweeps_stay_within_rounding_of_the_recurrence(kind):
     check_triton(inputs(kind, 65, batch=1, heads=(1, 1, 1)), tolerance=6e-3, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", KINDS[3:])
+@pytest.mark.parametrize("kind", KINDS[2:])
 def test_strong_decay_takes_the_exact_way(kind):
-    check_triton(inputs(kind, 70, strong=True, batch=1))
+    # A decay per token is summed over 64 tokens, to some 700 in base 2, where fp32 resolves 6e-5 of an exponent.
+    tolerance = 3e-5 if kind == "scalar" else TOLERANCE
+    check_triton(inputs(kind, 70, strong=True, batch=1), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "key", "bonus"])

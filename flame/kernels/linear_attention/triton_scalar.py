@@ -172,6 +172,8 @@ def scalar_sweep(
             decayed = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0)
             last = tl.minimum(chunk * BT + BT, length) - 1
             whole = tl.load(decay_ptr + last.to(tl.int64) * HG)
+            # Rows beyond the end come after all others: at 0 their distance to them would overflow.
+            decayed = tl.where(keep, decayed, whole)
         if DECAY_GRADIENT:
             x = load_rows(x_ptr, rows, stride_xt, e_index, keep, E, BE)
             at_token = token_offset + rows * H

@@ -52,7 +52,6 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
             "BT": 64 if max(K, V) * wide <= 512 else 32,
             "BK": min(64 // wide, power_of_2(K)),
             "num_warps": 4,
-            "DOTS": 0,
         }
     if name.startswith("finish"):
         strong = name == "finish_strong"
