@@ -54,9 +54,7 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
             "num_warps": 4,
         }
     if name.startswith("finish"):
-        strong = name == "finish_strong"
-        width = 64 if strong else 32
-        return {"BK": min(width // wide, power_of_2(K)), "num_warps": 8 if strong or wide > 1 else 4}
+        return {"BK": min(32, power_of_2(K)), "num_warps": 4 * wide}
     columns = "BV" if name == "key" else "BK"
     width = min(64 if summed <= 256 else 32, power_of_2(V if name == "key" else K))
     stages = 2 if summed <= 128 else 1
