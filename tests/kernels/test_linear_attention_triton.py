@@ -41,9 +41,11 @@ def test_bf16_sweeps_stay_within_rounding_of_the_recurrence(kind):
     check_triton(inputs(kind, 65, batch=1, heads=(1, 1, 1)), tolerance=6e-3, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", KINDS[3:])
+@pytest.mark.parametrize("kind", KINDS[2:])
 def test_strong_decay_takes_the_exact_way(kind):
-    check_triton(inputs(kind, 70, strong=True, batch=1))
+    # A decay per token is summed over 64 tokens, to some 700 in base 2, where fp32 resolves 6e-5 of an exponent.
+    tolerance = 3e-5 if kind == "scalar" else TOLERANCE
+    check_triton(inputs(kind, 70, strong=True, batch=1), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "key", "bonus"])
@@ -64,7 +66,6 @@ def test_packed_documents_never_meet(kind):
 def short_segments(monkeypatch):
     """Cut time every 64 tokens, so that a short sequence takes the way of a long one."""
     monkeypatch.setattr(triton_layout, "ANCHOR", 64)
-    monkeypatch.setattr(triton_layout, "SCALAR_ANCHOR", 64)
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 20)
     triton_layout.dense_items.cache_clear()
     yield
@@ -97,7 +98,7 @@ def test_wide_heads_equal_narrow_ones(kind, size, monkeypatch):
 
 
 def test_parts_are_the_fewest_that_fit():
-    assert [triton_wide.parts(width) for width in (64, 256, 300, 512, 4096)] == [1, 1, 2, 2, 16]
+    assert [triton_wide.parts(width) for width in (64, 100, 153, 256, 300, 512, 4096)] == [1, 1, 3, 1, 3, 2, 16]
 
 
 def test_strided_views_are_read_in_place():

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 ANCHOR = 512  # rows between the states kept for the gradient of a decay per channel
-SCALAR_ANCHOR = 256  # the same for a decay per token, whose sums over channels leave more rounding
 
 
 @dataclass(frozen=True)

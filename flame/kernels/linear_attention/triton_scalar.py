@@ -1,4 +1,3 @@
-# ruff: noqa: SIM102 (compile-time and run-time conditions nest; they do not join with `and`)
 """One sweep over time for no decay, a decay per head, and a decay per head and token.
 
 A sweep computes, with a state S [D, E] that stays in registers in fp32,
@@ -85,7 +84,7 @@ def scalar_sweep(
     decay_ptr,  # [HG] natural log, or [T, HG] from `chunk_sums`
     initial_ptr,  # [items, H, K, V] fp32
     final_ptr,  # [items, H, K, V] fp32
-    anchor_ptr,  # [anchors, H, D, E] fp32 states every ANCHOR rows, for the decay's gradient
+    anchor_ptr,  # [chunks, H, D, E] states before every chunk, for the decay's gradient
     product_ptr,  # [tiles, T, H] fp32 row sums of x * y: written forward, read in reverse
     ddecay_ptr,  # [tiles, T, H] fp32, reverse
     starts_ptr,
@@ -122,7 +121,6 @@ def scalar_sweep(
     STORE_FINAL: tl.constexpr,
     DECAY_GRADIENT: tl.constexpr,
     READ_TILES: tl.constexpr,
-    ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -152,10 +150,8 @@ def scalar_sweep(
     if DECAY_GRADIENT:
         x_ptr += start * stride_xt + (head // GROUP_X) * stride_xh
         token_offset = (tile * rows_total + start) * H + head
-        anchor = start // ANCHOR + item
-        anchor_ptr += (anchor * H + head) * D * E
+        anchor_ptr += ((start // BT + item) * H + head) * D * E
         anchor_cell = d_index[:, None] * E + e_index[None, :]
-        carry = tl.zeros([], tl.float32)
 
     local = tl.arange(0, BT)
     keep_pair = (local[:, None] <= local[None, :]) if REVERSE else (local[:, None] >= local[None, :])
@@ -176,6 +172,8 @@ def scalar_sweep(
             decayed = tl.load(decay_ptr + rows * HG, mask=keep, other=0.0)
             last = tl.minimum(chunk * BT + BT, length) - 1
             whole = tl.load(decay_ptr + last.to(tl.int64) * HG)
+            # Rows beyond the end come after all others: at 0 their distance to them would overflow.
+            decayed = tl.where(keep, decayed, whole)
         if DECAY_GRADIENT:
             x = load_rows(x_ptr, rows, stride_xt, e_index, keep, E, BE)
             at_token = token_offset + rows * H
@@ -196,46 +194,36 @@ def scalar_sweep(
                 decayed = rate * tl.minimum(local + 1, count).to(tl.float32)
                 whole = rate * count.to(tl.float32)
             else:
-                # The weights as a factor of row i times one of row j where nothing can overflow, else each by itself.
-                if whole > -100.0:
-                    if REVERSE:
-                        weight = (tl.exp2(whole - decayed) * scale)[:, None] * tl.exp2(decayed - whole)[None, :]
-                    else:
-                        weight = (tl.exp2(decayed) * scale)[:, None] * tl.exp2(-decayed)[None, :]
-                    weight = tl.where(keep_pair, weight, 0.0)
-                else:
-                    between = decayed[None, :] - decayed[:, None] if REVERSE else decayed[:, None] - decayed[None, :]
-                    weight = tl.exp2(tl.where(keep_pair, between, float("-inf"))) * scale
+                between = decayed[None, :] - decayed[:, None] if REVERSE else decayed[:, None] - decayed[None, :]
+                weight = tl.exp2(tl.where(keep_pair, between, float("-inf"))) * scale
             read = tl.exp2(whole - decayed) if REVERSE else tl.exp2(decayed)
             write = tl.exp2(decayed) if REVERSE else tl.exp2(whole - decayed)
             scores = (scores * weight).to(c.dtype)
+            y = y * (read * scale)[:, None]
             if DECAY_GRADIENT:
-                # x is rounded as the other sweep rounds its column: then the two products of a pair are equal and cancel
-                # in the suffix sum, where their rounding errors would otherwise pile up.
-                own = tl.dot(scores, c, input_precision=PRECISION)
-                y = y * scale
-                product = tl.sum((x * read[:, None]).to(x.dtype).to(tl.float32) * y + x.to(tl.float32) * own, 1)
-                y = y * read[:, None] + own
-            else:
-                y = tl.dot(scores, c, y * (read * scale)[:, None], input_precision=PRECISION)
+                at_anchor = anchor_ptr + chunk.to(tl.int64) * (H * D * E) + anchor_cell
+                if REVERSE:
+                    # <S, dS> at the chunk's end in two parts: the state before the chunk, and the chunk's own writes.
+                    anchored = tl.load(at_anchor, mask=in_state, other=0.0).to(tl.float32) * state
+                    carry = tl.sum(tl.sum(anchored, 1), 0) * (scale * tl.exp2(whole))
+                    carry += tl.sum(tl.sum(x.to(tl.float32) * y, 1), 0)
+                else:
+                    tl.store(at_anchor, state.to(anchor_ptr.dtype.element_ty), mask=in_state)
+            y = tl.dot(scores, c, y, input_precision=PRECISION)
+            if DECAY_GRADIENT:
+                product = tl.sum(x.to(tl.float32) * y, 1)
             column = (c * write[:, None]).to(c.dtype)
         at_y = y_ptr + rows[:, None] * (H * E) + e_index[None, :]
         tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None] & (e_index < E)[None, :])
 
         if DECAY_GRADIENT:
-            at_anchor = anchor_ptr + (chunk * BT // ANCHOR).to(tl.int64) * (H * D * E) + anchor_cell
-            at_edge = ((chunk + 1) * BT % ANCHOR == 0) | (chunk == chunks - 1)
             if REVERSE:
-                # The identity da = suffix sum of q dq - k dk restarts at every anchor from <S, dS>: rounding errors of
-                # later tokens would otherwise pile up in earlier ones.
-                if at_edge:
-                    anchored = tl.load(at_anchor, mask=in_state, other=0.0) * state.to(a.dtype).to(tl.float32)
-                    carry = tl.sum(tl.sum(anchored, 1), 0) * scale
+                # The gradient of a token's decay is the suffix sum of q dq - k dk. It restarts at every chunk from <S, dS>:
+                # rounding errors of later tokens would otherwise pile up in earlier ones. Pairs inside a chunk cancel, since
+                # both sweeps round their scores alike, and so do the chunk's writes, being taken from this very sweep.
                 product = read_product - product
-                inside = tl.sum(product, 0)
-                gradient = carry + inside - tl.cumsum(product, 0) + product
+                gradient = carry + tl.sum(product, 0) - tl.cumsum(product, 0) + product
                 tl.store(ddecay_ptr + at_token, gradient, mask=keep)
-                carry += inside
             else:
                 tl.store(product_ptr + at_token, product, mask=keep)
 
@@ -243,10 +231,6 @@ def scalar_sweep(
             state = tl.dot(tl.trans(b), c, state, input_precision=PRECISION)
         else:
             state = tl.dot(tl.trans(b), column, state * tl.exp2(whole), input_precision=PRECISION)
-        if DECAY_GRADIENT:
-            if not REVERSE:
-                if at_edge:
-                    tl.store(at_anchor, state, mask=in_state)
 
     if STORE_FINAL:
         if REVERSE:

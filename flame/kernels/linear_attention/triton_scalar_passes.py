@@ -6,8 +6,8 @@ With S the state and dS its gradient,
 
 so neither S nor dS goes to memory: each sweep carries its own. A sweep moves every tensor once (1 kB per token and head at
 K = V = 128 in bf16), and its programs are the heads times the tiles of the output. The gradient of a log decay is the
-suffix sum of ``q dq - k dk``: the forward-going sweep writes the first product in fp32 and the state every ANCHOR rows, the
-reverse one finishes the sum.
+suffix sum of ``q dq - k dk``: the forward-going sweep writes the first product in fp32 and its state before every chunk,
+the reverse one finishes the sum.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from flame.kernels import tiles
-from flame.kernels.linear_attention import triton_layout
 from flame.kernels.linear_attention.triton_boundary import boundary_states
 from flame.kernels.linear_attention.triton_layout import (
     Layout,
@@ -63,24 +62,24 @@ class ChunkSums:
 class DecayGradient:
     """Buffers shared by the two sweeps that give a decay's gradient."""
 
+    rows: int  # of a chunk, in both
     product: Tensor  # [tiles, T, H] fp32
-    anchors: Tensor
+    anchors: Tensor  # [chunks, H, V, K] bf16, or fp32 for other dtypes
     ddecay: Tensor  # [tiles, T, H] fp32
 
 
-def default_tile(D: int, E: int, dtype: torch.dtype, gated: bool = False) -> tiles.Tile:
+def default_tile(D: int, E: int, dtype: torch.dtype) -> tiles.Tile:
     """A tile that compiles everywhere and spills few registers; `flame doctor --tune` finds faster ones."""
     wide = power_of_2(D) * (2 if dtype == torch.float32 else 1)
     rows = 64 if wide <= 512 else 16
     columns = min(64 if wide < 256 else 32, power_of_2(E))
-    warps = 8 if wide >= 256 or (gated and wide >= 128) else 4
+    warps = 8 if wide >= 256 else 4
     return {"BT": rows, "BE": columns, "num_warps": warps, "num_stages": 2 if wide <= 256 else 1}
 
 
 @lru_cache(maxsize=1024)
 def _tile_key(name: str, kind: str, D: int, E: int, dtype: torch.dtype) -> tuple[str, tiles.Tile]:
-    gated = kind == "scalar" and name in ("dq", "dk")
-    return tiles.key(name, kind=kind, D=D, E=E, dtype=dtype), default_tile(D, E, dtype, gated)
+    return tiles.key(name, kind=kind, D=D, E=E, dtype=dtype), default_tile(D, E, dtype)
 
 
 def forward(
@@ -134,12 +133,14 @@ def _boundary_decay(rates: Tensor | ChunkSums | None) -> Tensor | None:
 
 
 def _gradient_buffers(layout: Layout, q: Tensor) -> DecayGradient:
-    shape = (layout.slots(triton_layout.SCALAR_ANCHOR), layout.heads, layout.V, layout.K)
-    anchors = q.new_empty(shape, dtype=torch.float32)
+    choices = [_tile(name, layout, layout.V, layout.K, q) for name in ("dq", "dk")]
+    chunk = choices[0]["BT"]
+    shape = (layout.slots(chunk), layout.heads, layout.V, layout.K)
+    anchors = q.new_empty(shape, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
     rows = layout.batch * layout.tokens
-    parts = [ceil_div(layout.K, _tile(name, layout, layout.V, layout.K, q)["BE"]) for name in ("dq", "dk")]
+    parts = [ceil_div(layout.K, tile["BE"]) for tile in choices]
     product, ddecay = (q.new_empty(count, rows, layout.heads, dtype=torch.float32) for count in parts)
-    return DecayGradient(product, anchors, ddecay)
+    return DecayGradient(chunk, product, anchors, ddecay)
 
 
 def _tile(name: str, layout: Layout, D: int, E: int, x: Tensor) -> tiles.Tile:
@@ -163,6 +164,8 @@ def sweep(
     a, b, c = operands
     D, E, H = a.shape[-1], c.shape[-1], layout.heads
     tile = _tile(name, layout, D, E, a)
+    if gradient is not None:
+        tile = {**tile, "BT": gradient.rows}
     if isinstance(decay, ChunkSums):
         decay = decay.within(tile["BT"])
     y = a.new_empty((layout.batch, layout.tokens, H, E), dtype=c.dtype)
@@ -198,7 +201,6 @@ def sweep(
         STORE_FINAL=final is not None,
         DECAY_GRADIENT=gradient is not None,
         READ_TILES=1 if gradient is None else gradient.product.shape[0],
-        ANCHOR=triton_layout.SCALAR_ANCHOR,
         PRECISION=precision(a),
         **tile,
     )
