@@ -37,6 +37,10 @@ class Traveller:
         grown = (size * (rows if by_row else 1) * (tokens if by_token else 1) for size, by_row, by_token in self.sizes)
         return [math.ceil(size) for size in grown]
 
+    def bytes(self, rows: int, tokens: int) -> int:
+        """Size of the tensor of a micro-batch of `rows` x `tokens`."""
+        return math.prod(self.shape(rows, tokens)) * self.dtype.itemsize
+
     def empty(self, rows: int, tokens: int, device: torch.device | str) -> Tensor:
         """Room for the tensor of a micro-batch of `rows` x `tokens`."""
         return torch.empty(self.shape(rows, tokens), dtype=self.dtype, device=device)
