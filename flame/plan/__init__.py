@@ -67,15 +67,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Figures as plain numbers and strings."""
-        figures = {
-            name: dataclasses.asdict(getattr(self, name)) for name in ("parameters", "layout", "memory", "links")
-        }
-        figures["memory"]["device"] = self.memory.device
-        figures["groups"] = {group.name: [len(group.parameters), group.numel] for group in self.groups}
-        figures |= {"traffic": [dataclasses.asdict(entry) for entry in self.traffic]}
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("parameters", "layout", "memory", "links")}
         plain = ["model", "flops_per_token", "tokens_per_step", "tokens", "steps", "compute_seconds", "bubble"]
         plain += ["memory_by_rank", "layers_by_rank", "micro_batches"]
-        return {**{name: getattr(self, name) for name in plain}, **figures}
+        return {
+            **{name: getattr(self, name) for name in plain},
+            **{name: dataclasses.asdict(part) for name, part in parts.items()},
+            "memory": {**dataclasses.asdict(self.memory), "device": self.memory.device},
+            "groups": {group.name: [len(group.parameters), group.numel] for group in self.groups},
+            "traffic": [dataclasses.asdict(entry) for entry in self.traffic],
+        }
 
 
 def make_plan(job: JobConfig, world_size: int, links: Links | None = None) -> Plan:
