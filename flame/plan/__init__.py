@@ -20,7 +20,7 @@ from flame.models.decoder import CausalLM, build_model
 from flame.optim.groups import ParameterGroup
 from flame.parallel.fsdp import parse_dtype
 from flame.parallel.mesh import Mesh
-from flame.parallel.pipeline_stage import find_boundaries
+from flame.parallel.pipeline_stage import Boundary, find_boundaries
 from flame.parallel.tensor import layer_plans
 from flame.plan.activations import block_activations, count_blocks
 from flame.plan.communication import Links, Traffic, bubble, rank_traffic
@@ -123,7 +123,7 @@ def local_stages(model: CausalLM, job: JobConfig, layout: Layout, mesh: Mesh) ->
     whole = local_model(model, all_stages(model, job, dataclasses.replace(layout, pp=1))[0], mesh, dtype)
     blocks = count_blocks(whole, layout.tp)
     starts = [stage.first for stage in stages[1:]]
-    boundaries = [(), *(find_boundaries(whole, starts, 64 * layout.tp) if starts else ()), ()]
+    boundaries = [Boundary(), *(find_boundaries(whole, starts, 64 * layout.tp) if starts else ()), Boundary()]
     by_rank: list[list[LocalStage]] = [[] for _ in range(layout.pp)]
     for stage in stages:
         part = local_model(model, stage, mesh)

@@ -129,8 +129,9 @@ def layer_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, 
 def pipeline_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, count: int) -> list[Entry]:
     """Activations to the next stage and gradients to the one before; and the gradient of a tied embedding."""
     rows, length = microbatch_rows(job), job.training.seq_len // layout.cp
-    sent = sum(entry.bytes(rows, length) for stage in stages for entry in (*stage.received, *stage.sent))
-    tensors = sum(len(stage.received) + len(stage.sent) for stage in stages)
+    both = [boundary for stage in stages for boundary in (stage.received, stage.sent)]
+    sent = sum(boundary.bytes(rows, length) for boundary in both)
+    tensors = sum(len(boundary.entries) for boundary in both)
     entries: list[Entry] = [("pp", "activations and their gradients", count * tensors, float(count * sent))]
     for stage in stages:
         at_an_end = stage.part.stage.is_first or stage.part.stage.is_last

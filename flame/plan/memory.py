@@ -91,9 +91,9 @@ def rank_memory(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, co
     )
     rows = microbatch_rows(job)
     buffers = sum(
-        count * entry.bytes(rows, job.training.seq_len // layout.cp)
+        count * boundary.bytes(rows, job.training.seq_len // layout.cp)
         for stage in stages
-        for entry in (*stage.received, *stage.sent)
+        for boundary in (stage.received, stage.sent)
     )
     return Memory(
         weights=FP32 * sharded,

@@ -17,7 +17,7 @@ from flame.errors import FlameError
 from flame.models.decoder import CausalLM
 from flame.parallel.mesh import Degrees, Mesh, build_mesh
 from flame.parallel.pipeline_split import Stage, stages_of_job
-from flame.parallel.pipeline_stage import StageModel
+from flame.parallel.pipeline_stage import Boundary, StageModel
 from flame.parallel.tensor import apply_tensor_parallel
 
 
@@ -51,7 +51,7 @@ def all_stages(model: CausalLM, job: JobConfig, layout: Layout) -> list[Stage]:
 def local_model(model: CausalLM, stage: Stage, mesh: Mesh, dtype: torch.dtype | None = None) -> StageModel:
     """A stage on the meta device as a tensor-parallel rank has it, in `dtype` if given."""
     with torch.device("meta"):
-        part = StageModel(model.config, stage, (), ())
+        part = StageModel(model.config, stage, Boundary(), Boundary())
     part.to(dtype)
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(part, mesh.axis("tp"))
