@@ -74,7 +74,9 @@ def find_boundaries(model: CausalLM, starts: Sequence[int], tokens: int = 64) ->
         tokens: length of the forwards, a multiple of the tensor-parallel ranks.
     """
     rows = 2
-    base, taller, longer = (streams(model, *shape) for shape in ((rows, tokens), (2 * rows, tokens), (rows, 2 * tokens)))
+    base, taller, longer = (
+        streams(model, *shape) for shape in ((rows, tokens), (2 * rows, tokens), (rows, 2 * tokens))
+    )
     return [
         Boundary(
             tuple(

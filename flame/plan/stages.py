@@ -54,7 +54,7 @@ def local_model(model: CausalLM, stage: Stage, mesh: Mesh, dtype: torch.dtype | 
         part = StageModel(model.config, stage, Boundary(), Boundary())
     part.to(dtype)
     if mesh.degrees.tp > 1:
-        apply_tensor_parallel(part, mesh.axis("tp"))
+        apply_tensor_parallel(part, mesh.axis("tp"), deals_rows=False)  # one row is looked at
     return part
 
 
