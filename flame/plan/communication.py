@@ -62,14 +62,16 @@ def rank_traffic(
 ) -> list[Traffic]:
     """All that a rank with `stages` exchanges in a step of `count` micro-batches."""
     found = [*data_traffic(stages, job, layout, count), *layer_traffic(stages, job, layout, mesh, count)]
-    found += pipeline_traffic(stages, job, layout, count)
+    found += pipeline_traffic(
+        stages, job, layout, count
+    )  # context parallel exchanges: docs/scaling.md has the formulas
     timed = []
     for axis, what, exchanges, sent in found:
         speed = links.outside if spans_nodes(axis.split(" x ")[0], layout, links) else links.inside
         ranks = 1
         for name in axis.split(" x "):
             ranks *= getattr(layout, name)
-        if ranks > 1:
+        if ranks > 1 and exchanges:
             timed.append(Traffic(axis, what, ranks, exchanges, sent, sent / speed + exchanges * links.latency))
     return timed
 
@@ -109,21 +111,14 @@ def layer_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, 
     """Exchanges inside the blocks, as counted in their forwards; backwards send as much, recomputation again."""
     tokens = microbatch_rows(job) * job.training.seq_len / layout.cp
     passes = 3 if job.activation_checkpoint.mode == "full" else 2
-    entries: list[Entry] = []
-    for axis in ("tp", "cp"):
-        name = mesh.group(axis).group_name
-        sent = exchanges = 0.0
-        for stage in stages:
-            sent += sum(block.sent.get(name, 0.0) for block in stage.blocks) * tokens
-            exchanges += sum(block.exchanges.get(name, 0) for block in stage.blocks)
-            if axis == "tp":  # of the embedding's output, and of the head's input
-                ends = stage.part.stage.is_first + stage.part.stage.is_last
-                width = stage.part.config.hidden_size * BYTES[job.training.mixed_precision_param]
-                sent += ends * tokens * width * (layout.tp - 1) / layout.tp
-                exchanges += ends
-        what = "gather and scatter tokens" if axis == "tp" else "states, halos, keys and values"
-        entries.append((axis, what, passes * count * exchanges, passes * count * sent))
-    return entries
+    name, sent, exchanges = mesh.group("tp").group_name, 0.0, 0.0
+    for stage in stages:
+        ends = stage.part.stage.is_first + stage.part.stage.is_last  # the embedding's output, and the head's input
+        width = stage.part.config.hidden_size * BYTES[job.training.mixed_precision_param]
+        sent += ends * tokens * width * (layout.tp - 1) / layout.tp
+        sent += sum(block.sent.get(name, 0.0) for block in stage.blocks) * tokens
+        exchanges += ends + sum(block.exchanges.get(name, 0) for block in stage.blocks)
+    return [("tp", "gather and scatter tokens", passes * count * exchanges, passes * count * sent)]
 
 
 def pipeline_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, count: int) -> list[Entry]:
