@@ -12,7 +12,8 @@ from flame import cli
 from flame.config import load_job
 from flame.models.context import make_context
 from flame.models.decoder import build_model
-from flame.plan import block_activations, count_parameters, default_world_size, make_plan, render, shard_numel
+from flame.plan import block_activations, count_parameters, default_world_size, make_plan, shard_numel
+from flame.plan.report import render
 
 # Parameters at the reference's defaults.
 KNOWN = {
@@ -135,8 +136,8 @@ def test_checkpointing_and_shards_lower_memory_in_the_expected_order():
 def test_accumulating_without_reduction_keeps_whole_gradients():
     twice = [*TINY, "--training.gradient_accumulation_steps=2"]
     lazy, eager = plan_of(*twice), plan_of(*twice, "--parallelism.reduce_each_microbatch")
-    assert lazy.memory.gathered > 4 * lazy.parameters.total
-    assert eager.memory.gathered < lazy.memory.gathered
+    assert lazy.memory.accumulated == 4 * lazy.parameters.total
+    assert eager.memory.accumulated == 0
 
 
 def test_muon_keeps_one_moment_for_the_matrices_of_blocks():
@@ -154,7 +155,7 @@ def test_muon_keeps_one_moment_for_the_matrices_of_blocks():
 def test_offloading_moves_sharded_state_to_the_host():
     here, there = plan_of(*TINY).memory, plan_of(*TINY, "--training.enable_cpu_offload").memory
     assert there.offloaded == here.weights + here.gradients + here.optimizer
-    assert there.device == here.device - there.offloaded
+    assert there.device < here.device - here.weights - here.optimizer + 1
 
 
 def test_tokens_and_flops_follow_the_layout():
@@ -177,7 +178,7 @@ def test_seven_billion_on_512_ranks_is_planned_without_memory(capsys):
     plan = make_plan(job, 512)
     assert plan.parameters.total == 6738415616
     text = render(plan)
-    for words in ("6,738,415,616", "512 ranks", "dp_shard=512", "no_decay", "together on the device"):
+    for words in ("6,738,415,616", "512 ranks", "dp_shard=512", "no_decay", "most at a time on the device"):
         assert words in text
 
 

@@ -122,8 +122,8 @@ class Pipeline(nn.Module):
         return self.schedules[key]
 
     def torch_stage(self, part: StageModel, rows: int, tokens: int) -> PipelineStage:
-        def room(boundary: Any) -> tuple[Tensor, ...]:
-            return tuple(entry.empty(rows, tokens, "meta").requires_grad_() for entry in boundary)
+        def room(boundary: Boundary) -> tuple[Tensor, ...]:
+            return tuple(tensor.requires_grad_() for tensor in boundary.room(rows, tokens, "meta"))
 
         ticket = torch.zeros(1, device="meta")
         return PipelineStage(
@@ -179,7 +179,7 @@ class Pipeline(nn.Module):
         return dist.get_global_rank(self.group, self.stages[index].rank)
 
     def receive(self, part: StageModel, ids: Tensor) -> tuple[Tensor, ...]:
-        room = tuple(entry.empty(ids.shape[0], ids.shape[1], ids.device) for entry in part.received)
+        room = part.received.room(ids.shape[0], ids.shape[1], ids.device)
         for tensor in room:
             dist.recv(tensor, self.global_rank(part.stage.index - 1), group=self.group)
         return room
@@ -275,7 +275,8 @@ def build_pipeline(config: ModelConfig, job: JobConfig, mesh: Mesh, device: torc
         whole = build_model(config)
     count = global_batch_size(job, mesh.data_size) // (microbatch_rows(job) * mesh.data_size)
     stages = stages_of_job(whole, job, mesh.degrees.pp, count)
-    boundaries = [(), *boundaries_of_job(config, job, mesh, [stage.first for stage in stages[1:]]), ()]
+    starts = [stage.first for stage in stages[1:]]
+    boundaries = [Boundary(), *boundaries_of_job(config, job, mesh, starts), Boundary()]
     parts = []
     for stage in stages:
         if stage.rank == mesh.rank("pp"):

@@ -24,8 +24,7 @@ class Traveller:
 
     Attributes:
         name: its key in `ctx.carried`; empty for the residual stream.
-        sizes: (size for one row of one token, grows with rows, grows with tokens) of each dimension. Tensor-parallel
-            ranks have a fraction of the tokens of the stream.
+        sizes: (size for one row of one token, grows with rows, grows with tokens) of each dimension.
     """
 
     name: str
@@ -37,12 +36,32 @@ class Traveller:
         grown = (size * (rows if by_row else 1) * (tokens if by_token else 1) for size, by_row, by_token in self.sizes)
         return [math.ceil(size) for size in grown]
 
+    def bytes(self, rows: int, tokens: int) -> int:
+        """Size of the tensor of a micro-batch of `rows` x `tokens`."""
+        return math.prod(self.shape(rows, tokens)) * self.dtype.itemsize
+
     def empty(self, rows: int, tokens: int, device: torch.device | str) -> Tensor:
         """Room for the tensor of a micro-batch of `rows` x `tokens`."""
         return torch.empty(self.shape(rows, tokens), dtype=self.dtype, device=device)
 
 
-Boundary = tuple[Traveller, ...]
+@dataclass(frozen=True)
+class Boundary:
+    """What travels from one stage to the next: the residual stream, and what is carried beside it."""
+
+    entries: tuple[Traveller, ...] = ()
+
+    @property
+    def carried(self) -> list[str]:
+        """Names of the tensors beside the residual stream, which comes first."""
+        return [entry.name for entry in self.entries[1:]]
+
+    def room(self, rows: int, tokens: int, device: torch.device | str) -> tuple[Tensor, ...]:
+        """Room for the tensors of a micro-batch of `rows` x `tokens`."""
+        return tuple(entry.empty(rows, tokens, device) for entry in self.entries)
+
+    def bytes(self, rows: int, tokens: int) -> int:
+        return sum(entry.bytes(rows, tokens) for entry in self.entries)
 
 
 @torch.no_grad()
@@ -50,7 +69,8 @@ def find_boundaries(model: CausalLM, starts: Sequence[int], tokens: int = 64) ->
     """What travels into the layers `starts`, from forwards of three shapes on the meta device.
 
     Args:
-        model: the whole model, on the meta device, in the dtype of the computation; split if it is tensor parallel.
+        model: the whole model, on the meta device, in the dtype of the computation; split if it is tensor parallel, by
+            tokens of the stream and not by rows.
         tokens: length of the forwards, a multiple of the tensor-parallel ranks.
     """
     rows = 2
@@ -58,9 +78,11 @@ def find_boundaries(model: CausalLM, starts: Sequence[int], tokens: int = 64) ->
         streams(model, *shape) for shape in ((rows, tokens), (2 * rows, tokens), (rows, 2 * tokens))
     )
     return [
-        tuple(
-            Traveller(name, growth(base[at][name], taller[at][name], longer[at][name], rows, tokens), tensor.dtype)
-            for name, tensor in base[at].items()
+        Boundary(
+            tuple(
+                Traveller(name, growth(tensor, taller[at][name], longer[at][name], rows, tokens), tensor.dtype)
+                for name, tensor in base[at].items()
+            )
         )
         for at in starts
     ]
@@ -177,10 +199,10 @@ class StageModel(CausalLM):
             x, carried = backbone.embeddings(ids), backbone.initial_carried()
         else:
             x, *rest = Together.apply(False, *received)
-            carried = {entry.name: tensor for entry, tensor in zip(self.received[1:], rest)}
+            carried = dict(zip(self.received.carried, rest))
         x, carried = backbone.run_blocks(x, carried, ctx, cache)
         if not self.stage.is_last:
-            return Together.apply(True, x, *(carried[entry.name] for entry in self.sent[1:]))
+            return Together.apply(True, x, *(carried[name] for name in self.sent.carried))
         hidden = backbone.finish(x, carried)
         if work.labels is None:
             return self.logits(hidden, ids.shape[1])

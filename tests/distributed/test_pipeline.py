@@ -9,6 +9,7 @@ from test_every_system import config
 from tiny import LENGTH, Packed, micro_batches
 
 from flame.config.sections import JobConfig
+from flame.data import Batch
 from flame.errors import ConfigError
 from flame.models.decoder import build_model
 from flame.models.registry import resolve_config, systems
@@ -51,6 +52,8 @@ class Case:
 
 def batches_of(case, step, mesh):
     rows = micro_batches(step, mesh.data_rank, mesh.data_size, ROWS)
+    if mesh.degrees.cp > 1:
+        return [Batch(row.input_ids, row.labels, row.cu_seqlens).part(mesh.group("cp")) for row in rows]
     if case.packed:
         return rows
     found = []
@@ -115,7 +118,7 @@ def assert_same(found, expected, parameter_tolerance=1e-5):
 
 
 def deep(name, layers=4, **values):
-    return {**config(name), "num_hidden_layers": layers, **values}
+    return {**config(name), "num_hidden_layers": layers, "vocab_size": 68, **values}
 
 
 SYSTEMS = {name: Case(deep(name, layers=3)) for name in NAMES}
@@ -211,6 +214,23 @@ def test_every_layout_of_four_ranks(layout, ways, ways_of_one):
     found = run_ranks(train_all, 4, cases, 4, LAYOUTS[layout])
     for key in cases:
         assert_same([result[key] for result in found], ways_of_one[key], TOLERANCE.get(key, 1e-5))
+
+
+ACROSS = {  # tensors of every kind travel: heads' values, routers' sums, sources, fp32 streams, gradients of a tied embedding
+    **{name: Case(deep(name)) for name in ("gla", "transformer", "rwkv7", "mom", "mamba2", "hgrn", "gated_deltanet")},
+    "sources": Case(deep("transformer", attnres_block_size=2)),
+    "tied": Case(deep("gla", **TIED), steps=2),
+    "interleaved": Case(deep("rwkv7"), {SCHEDULE: "Interleaved1F1B"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor_parallel_degree", "context_parallel_degree"])
+def test_together_with_other_axes(axis):
+    one = run_ranks(train_all, 1, {name: without_schedule(case) for name, case in ACROSS.items()}, 1, {})[0]
+    found = run_ranks(train_all, 4, ACROSS, 4, {"pipeline_parallel_degree": 2, axis: 2})
+    for name in ACROSS:
+        assert_same([result[name] for result in found], one[name])
 
 
 @pytest.mark.slow

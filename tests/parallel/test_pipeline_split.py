@@ -7,7 +7,7 @@ import torch
 
 from flame.models.decoder import build_model
 from flame.parallel.pipeline_split import balanced_cuts, layer_costs, schedule_kind, split_stages, stage_rank
-from flame.parallel.pipeline_stage import StageModel, find_boundaries
+from flame.parallel.pipeline_stage import Boundary, StageModel, find_boundaries
 
 CONFIG = {"model_type": "transformer", "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 8, "vocab_size": 64}
 
@@ -59,7 +59,7 @@ def test_stages_together_have_every_parameter_once():
     whole = meta(attnres_block_size=2)
     stages = split_stages(whole, 128, 3, 1, False)
     with torch.device("meta"):
-        parts = [StageModel(whole.config, stage, (), ()) for stage in stages]
+        parts = [StageModel(whole.config, stage, Boundary(), Boundary()) for stage in stages]
     names = [name for part in parts for name, _ in part.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in whole.named_parameters())
     assert whole.no_weight_decay() == set().union(*(part.no_weight_decay() for part in parts))
@@ -67,10 +67,8 @@ def test_stages_together_have_every_parameter_once():
 
 def test_boundaries_grow_with_rows_and_tokens_as_the_tensors_do():
     early, late = find_boundaries(meta(attnres_block_size=2).to(torch.bfloat16), [1, 4])
-    assert [entry.name for entry in late] == ["", "sources"]
-    assert late[0].empty(3, 40, "meta").shape == (3, 40, 32)
-    assert late[0].dtype == torch.bfloat16
-    sources = [
-        dict(zip(("x", "sources"), boundary))["sources"].empty(3, 40, "meta").shape for boundary in (early, late)
-    ]
-    assert sources == [(1, 3, 40, 32), (4, 3, 40, 32)]
+    assert late.carried == ["sources"]
+    assert [tuple(tensor.shape) for tensor in early.room(3, 40, "meta")] == [(3, 40, 32), (1, 3, 40, 32)]
+    assert [tuple(tensor.shape) for tensor in late.room(3, 40, "meta")] == [(3, 40, 32), (4, 3, 40, 32)]
+    assert late.room(1, 1, "meta")[0].dtype == torch.bfloat16
+    assert late.bytes(3, 40) == 2 * 5 * 3 * 40 * 32
