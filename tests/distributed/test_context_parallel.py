@@ -14,14 +14,9 @@ from flame.models.registry import systems
 from flame.parallel.mesh import Degrees
 
 pytestmark = pytest.mark.distributed
-WHOLE = {"log_linear_mamba2", "log_linear_gated_deltanet"}  # need whole sequences
-NAMES = sorted(set(systems()) - WHOLE)
-GROUPS = {  # a few in every run, all with --run-slow
-    "common": ["transformer", "gla", "gated_deltanet", "mamba2", "mom", "rwkv7"],
-    "others": [
-        name for name in NAMES if name not in ("transformer", "gla", "gated_deltanet", "mamba2", "mom", "rwkv7")
-    ],
-}
+NAMES = sorted(systems())
+COMMON = ["gated_deltanet", "gla", "mamba2", "mom", "rwkv7", "transformer"]
+GROUPS = {"common": COMMON, "others": [name for name in NAMES if name not in COMMON]}  # all with --run-slow
 OPTIONS = {  # convolutions where they are optional
     "gla": {"use_short_conv": True},
     "gsa": {"use_short_conv": True},

@@ -9,6 +9,7 @@ from flame.kernels.elementwise_scan import elementwise_scan
 from flame.kernels.forgetting_attention import forgetting_attention
 from flame.kernels.linear_attention import linear_attention
 from flame.kernels.log_gate import log_gate
+from flame.kernels.log_linear_attention import log_linear_attention, log_linear_delta_rule
 from flame.kernels.mesa import mesa
 from flame.kernels.moba import moba
 from flame.kernels.native_sparse_attention import SparsePattern, native_sparse_attention
@@ -92,6 +93,11 @@ def run_shared(op, **fixed):
     return lambda x, **options: op(**{n.removeprefix(SHARED): t for n, t in x.items()}, **fixed, **options)[0]
 
 
+def levels(B, key, **more):
+    q, k, v = torch.randn(B, T, key, K), torch.randn(B, T, key, K), torch.randn(B, T, 4, V)
+    return {"q": q, "k": k, "v": v, "level_weights": torch.rand(B, T, 4, 7), **more}
+
+
 def mesa_inputs(B):
     q, k, v = unit(torch.randn(B, T, H, K)), unit(torch.randn(B, T, H, K)), torch.randn(B, T, H, V)
     scalars = {"log_decay": decay(B, T, H), "beta": torch.rand(B, T, H)}
@@ -161,6 +167,11 @@ CASES = {
     ),
     "selective": (selective, run_shared(selective_scan)),
     "log_gate": (lambda B: {"x": torch.randn(B, T, H, K)}, run_gate),
+    "log_linear": (lambda B: levels(B, 1, scalar_decay=decay(B, T, 4)), run_shared(log_linear_attention)),
+    "log_linear_delta": (
+        lambda B: levels(B, 2, beta=torch.rand(B, T, 4), scalar_decay=decay(B, T, 4)),
+        run_shared(log_linear_delta_rule, normalize=True),
+    ),
     "mesa": (mesa_inputs, run_shared(mesa)),
     "polynomial": (polynomial, run_shared(polynomial_attention)),
     "forgetting": (forgetting, lambda x, **options: forgetting_attention(**x, **options)),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from torch import Tensor
 
 from flame.kernels.backend import select_backend
+from flame.kernels.head_exchange import whole_rows
 from flame.kernels.log_linear_attention.chunked import chunked
 from flame.kernels.log_linear_attention.problem import LevelStates, Problem, check
 from flame.kernels.log_linear_attention.reference import recurrence
 from flame.kernels.normalization import l2_norm
+from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["LevelStates", "log_linear_attention", "log_linear_delta_rule"]
 
@@ -27,6 +32,7 @@ def log_linear_attention(  # noqa: PLR0913 (the options of linear attention)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, LevelStates | None]:
     """``o_t = scale * sum_{u <= t} level_weights[t, l(t, u)] exp(g_{u+1} + .. + g_t) (q_t . k_u) v_u``.
 
@@ -44,6 +50,8 @@ def log_linear_attention(  # noqa: PLR0913 (the options of linear attention)
         output_final_state: also return the states after the last token, in fp32.
         cu_seqlens: [N + 1] int32 token bounds of the documents packed into the one row of B = 1; they never meet.
         backend: 'chunked' or 'reference'; None chooses.
+        shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
+            cu_seqlens being the bounds in this part. Excludes states.
 
     Every floating argument is differentiable, the final states too.
 
@@ -55,7 +63,7 @@ def log_linear_attention(  # noqa: PLR0913 (the options of linear attention)
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     p = Problem("log_linear_attention", q, k, v, level_weights, scalar_decay, None, scale, initial_state, cu_seqlens)
-    return _solve(p, output_final_state, backend)
+    return _solve(p, output_final_state, backend, shard)
 
 
 def log_linear_delta_rule(  # noqa: PLR0913 (the options of the delta rule)
@@ -72,6 +80,7 @@ def log_linear_delta_rule(  # noqa: PLR0913 (the options of the delta rule)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    shard: SequenceShard | None = None,
 ) -> tuple[Tensor, LevelStates | None]:
     """``o_t = scale * sum_{u <= t} level_weights[t, l(t, u)] (q_t^T A_t .. A_{u+1} k_u) beta_u v_u``, the gated delta rule
     (A_t = exp(g_t) (I - beta_t k_t k_t^T)) with the levels of `log_linear_attention`; weights of 1 give the delta rule.
@@ -86,13 +95,29 @@ def log_linear_delta_rule(  # noqa: PLR0913 (the options of the delta rule)
     if normalize:
         q, k = l2_norm(q), l2_norm(k)
     p = Problem("log_linear_delta_rule", q, k, v, level_weights, scalar_decay, beta, scale, initial_state, cu_seqlens)
-    return _solve(p, output_final_state, backend)
+    return _solve(p, output_final_state, backend, shard)
 
 
-def _solve(p: Problem, final: bool, backend: str | None) -> tuple[Tensor, LevelStates | None]:
+def _solve(
+    p: Problem, final: bool, backend: str | None, shard: SequenceShard | None = None
+) -> tuple[Tensor, LevelStates | None]:
     check(p)
+    if shard is not None:
+        refuse_states(p.op, p.initial, final)
+        return _whole_rows(p, backend, shard), None
     name = select_backend(p.q, backend, _BACKENDS)
     if name == "reference" or p.initial is not None or p.q.shape[1] == 0:
         o, states = recurrence(p)
         return o, states if final else None
     return chunked(p, final)
+
+
+def _whole_rows(p: Problem, backend: str | None, shard: SequenceShard) -> Tensor:
+    """Levels are counted from a document's start and need all of its tokens, but heads do not depend on one another."""
+    names = ["q", "k", "v", *(name for name in ("decay", "beta") if getattr(p, name) is not None)]
+
+    def attend(own: Sequence[Tensor], others: Sequence[Tensor], bounds: Tensor | None) -> Tensor:
+        part = replace(p, weights=own[0], cu_seqlens=bounds, **dict(zip(names, others)))
+        return _solve(part, False, backend)[0]
+
+    return whole_rows(attend, [p.weights], [getattr(p, name) for name in names], p.cu_seqlens, shard)

@@ -37,7 +37,6 @@ class LogLinearGatedDeltaNet(GatedDeltaNet):
     """Gated DeltaNet whose every state is read with the weight `softplus(L * l_proj(x))` of its level."""
 
     config_class = LogLinearGatedDeltaNetConfig
-    context_parallel: ClassVar[bool] = False
 
     def __init__(self, config: LogLinearGatedDeltaNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
@@ -64,6 +63,7 @@ class LogLinearGatedDeltaNet(GatedDeltaNet):
             initial_state=cached_levels(ctx),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember_levels(ctx, state)
         return self.output(o, x)

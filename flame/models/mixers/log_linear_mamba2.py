@@ -41,7 +41,6 @@ class LogLinearMamba2(Mamba2):
     """Mamba-2 whose read of token u at token t is weighed by `softplus(L * dl_t)` of the level at which t sees u."""
 
     config_class = LogLinearMamba2Config
-    context_parallel: ClassVar[bool] = False
 
     def __init__(self, config: LogLinearMamba2Config | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
@@ -76,6 +75,7 @@ class LogLinearMamba2(Mamba2):
             initial_state=cached_levels(ctx),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
+            shard=ctx.shard,
         )
         remember_levels(ctx, state)
         skip = self.D.view(c.heads, -1)  # [H, 1] or [H, P]
