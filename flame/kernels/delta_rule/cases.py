@@ -122,6 +122,7 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     choices |= {name: sweeps(s.K) for name in ("forward", "states", "reverse", "maps", "reverse maps")}
     if decay == "key":
         choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
+        choices["rows by halves"] = []
     return {
         tiles.key(name, decay=decay, K=s.K, V=s.V, dtype=s.dtype): candidates for name, candidates in choices.items()
     }

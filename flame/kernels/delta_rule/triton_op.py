@@ -231,7 +231,7 @@ def run_forward(
     width = c.V + c.K if maps else c.V
     grid = (triton.cdiv(width, tile["BV"]), c.cut.num_items * c.H)
     before, writes = (None, None) if states is None else states
-    # Without a decay, one of e^0 is faster: ptxas then keeps the products in flight.
+    # Without a decay, take one of e^0: the same kernel, which was tuned.
     kind = c.kind() | {"DECAY": max(c.decay_kind, SCALAR.value)}
     forward_sweep[grid](
         c.q, c.k, c.v, c.k if c.erase is None else c.erase, *p.tables(), initial, final, o, before, writes,
@@ -390,10 +390,11 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
         )  # fmt: skip
     else:
         kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
-        for halves in (0, 1):
+        default = {"TK": tile["TK"], "BV": 64, "num_warps": 4, "num_stages": 1}
+        for halves, chosen in enumerate((tile, c.tile("rows by halves", default))):
             key_decay_row_gradients[(M * H * parts,)](
                 c.q, c.k, erase, do, p.total, p.moderate, *tensors, c.scale, rows, HALVES=halves, **kind, **options,
-                **tile,
+                **chosen,
             )  # fmt: skip
     dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
     derase = derase if c.erase is None else _sum_groups(derase, c.erase)
