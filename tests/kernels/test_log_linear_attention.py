@@ -7,6 +7,7 @@ import torch
 
 from flame.errors import FlameError
 from flame.kernels.log_linear_attention import LevelStates, log_linear_attention, log_linear_delta_rule, problem
+from flame.kernels.log_linear_attention.levels import by_levels
 
 H, K, V, LEVELS = 2, 5, 3, 12
 PARALLEL = importlib.import_module(
@@ -194,3 +195,18 @@ def test_arguments_that_do_not_fit_are_refused():
 def test_level_table_is_the_papers():
     table = problem.level_table(64, LEVELS, torch.device("cpu"))
     assert all(table[t, u] == level(t, u, LEVELS) for t in range(64) for u in range(t + 1))
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("levels", [4, LEVELS])
+def test_a_plain_pass_for_every_level_equals_the_recurrence(delta, packed, levels, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("flame.kernels.log_linear_attention.levels"), "CHUNK", 8)
+    lengths = [5, 0, 1, 8, 70, 16] if packed else [75]
+    call = inputs(sum(lengths), batch=1 if packed else 2, levels=levels, delta=delta)
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int() if packed else None
+    p = problem.Problem(
+        "test", call["q"], call["k"], call["v"], call["level_weights"], call["scalar_decay"], call.get("beta"),
+        K**-0.5, None, bounds,
+    )  # fmt: skip
+    assert_same(by_levels(p), op(call, cu_seqlens=bounds, backend="reference")[0], call)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from flame.kernels.backend import select_backend
 from flame.kernels.head_exchange import whole_rows
 from flame.kernels.log_linear_attention.chunked import chunked
+from flame.kernels.log_linear_attention.levels import by_levels
 from flame.kernels.log_linear_attention.problem import LevelStates, Problem, check
 from flame.kernels.log_linear_attention.reference import recurrence
 from flame.kernels.normalization import l2_norm
@@ -17,7 +19,7 @@ from flame.kernels.sequence import SequenceShard, refuse_states
 
 __all__ = ["LevelStates", "log_linear_attention", "log_linear_delta_rule"]
 
-_BACKENDS = ("chunked", "reference")
+_BACKENDS = ("triton", "chunked", "reference")
 
 
 def log_linear_attention(  # noqa: PLR0913 (the options of linear attention)
@@ -49,7 +51,8 @@ def log_linear_attention(  # noqa: PLR0913 (the options of linear attention)
         initial_state: from an earlier call, with the same L. The tokens are then taken one at a time.
         output_final_state: also return the states after the last token, in fp32.
         cu_seqlens: [N + 1] int32 token bounds of the documents packed into the one row of B = 1; they never meet.
-        backend: 'chunked' or 'reference'; None chooses.
+        backend: 'triton' (one pass of the plain op's kernels a level; 'chunked' where states are asked for), 'chunked' or
+            'reference'; None chooses by device (see `select_backend`).
         shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
             cu_seqlens being the bounds in this part. Excludes states.
 
@@ -86,6 +89,7 @@ def log_linear_delta_rule(  # noqa: PLR0913 (the options of the delta rule)
     (A_t = exp(g_t) (I - beta_t k_t k_t^T)) with the levels of `log_linear_attention`; weights of 1 give the delta rule.
 
     Args:
+        q, k: [B, T, Hk, K], Hk dividing v's H.
         beta: [B, T, H] write strength.
         normalize: divide q and k by sqrt(their sum of squares + 1e-6) first.
 
@@ -109,6 +113,8 @@ def _solve(
     if name == "reference" or p.initial is not None or p.q.shape[1] == 0:
         o, states = recurrence(p)
         return o, states if final else None
+    if name == "triton" and not final and p.v.dtype != torch.float64:
+        return by_levels(p), None
     return chunked(p, final)
 
 

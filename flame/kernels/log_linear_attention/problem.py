@@ -78,6 +78,8 @@ def check(p: Problem) -> None:
         raise FlameError(
             f"{p.op}: v's {p.heads} heads must be a multiple of q's {p.q.shape[2]} and k's {p.k.shape[2]}."
         )
+    if p.beta is not None and p.q.shape[2] != p.k.shape[2]:
+        raise FlameError(f"{p.op}: q and k must have as many heads, got {p.q.shape[2]} and {p.k.shape[2]}.")
     if list(p.weights.shape[:3]) != rows or p.weights.dim() != 4 or p.levels < 2:
         raise FlameError(f"{p.op}: level_weights must be {[*rows, 'L']} with L >= 2, got {list(p.weights.shape)}.")
     for name, y in (("scalar_decay", p.decay), ("beta", p.beta)):
