@@ -21,6 +21,7 @@ NEEDS = {
     "hgrn2": {"expand_ratio": 16},
     "mamba": {},
     "mamba2": {"head_dim": 16, "num_heads": 4},
+    "log_linear_mamba2": {"head_dim": 16, "num_heads": 4},
     "nsa": {"num_heads": 2, "num_kv_heads": 1},
     "rebased": {"num_heads": 2, "num_key_value_heads": 2},
     "rodimus": {},
