@@ -10,9 +10,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flame import cli
 from flame.config import load_job
+from flame.errors import ConfigError
 from flame.models.context import make_context
 from flame.models.decoder import build_model
-from flame.plan import block_activations, count_parameters, default_world_size, make_plan, shard_numel
+from flame.plan import Links, block_activations, count_parameters, default_world_size, make_plan, shard_numel
 from flame.plan.report import render
 
 # Parameters at the reference's defaults.
@@ -197,3 +198,54 @@ def test_command_prints_text_or_json(tmp_path, capsys):
     assert figures["layout"]["dp_shard"] == 2 and figures["tokens_per_step"] == 2 * 8 * 128
     assert cli.main(["plan", str(path), "--world-size", "3"]) == 2
     assert "virtual_shards" in capsys.readouterr().err
+
+
+SEVEN = ["--model.model_type=gla", "--model.hidden_size=4096", "--model.num_hidden_layers=32", "--model.num_heads=16"]
+SEVEN += ["--model.vocab_size=32000", "--training.virtual_shards=512", "--training.seq_len=8192"]
+SEVEN += ["--training.global_batch_size=256", "--parallelism.pipeline_parallel_degree=4"]
+SEVEN += ["--parallelism.tensor_parallel_degree=4", "--parallelism.context_parallel_degree=4"]
+
+
+def test_seven_billion_on_512_ranks_in_three_axes_names_every_rank_and_exchange():
+    plan = plan_of(*SEVEN, world=512)
+    assert plan.layout.dp_shard == 8 and plan.micro_batches == 32
+    assert plan.layers_by_rank == ["0 to 7", "8 to 15", "16 to 23", "24 to 31"]
+    assert plan.memory.device == max(plan.memory_by_rank) and sorted(plan.memory_by_rank)[0] > 2**30
+    sent = {(entry.axis, entry.what): entry.sent for entry in plan.traffic}
+    weights = sent["dp_shard x cp", "gather weights"]
+    assert sent["dp_shard x cp", "reduce gradients"] == 2 * weights  # fp32 against bf16, both once a step
+    # A block gathers and scatters its tokens twice, forward and backward; so do the embedding or the head, once.
+    blocks = 32 * 2 * (8 * 4 + 1) * 2048 * 4096 * 2 * 3 / 4
+    assert sent["tp", "gather and scatter tokens"] == pytest.approx(blocks, rel=0.01)
+    text = render(plan)
+    assert "pipeline rank 3, layers 24 to 31" in text and "activations and their gradients" in text
+
+
+def test_a_pipeline_sends_activations_and_gradients_of_every_micro_batch():
+    base = [*TINY, "--model.num_hidden_layers=4", "--training.local_batch_size=4"]
+    plan = plan_of(*base, "--parallelism.pipeline_parallel_degree=2", world=2)
+    (entry,) = [entry for entry in plan.traffic if entry.axis == "pp"]
+    assert plan.micro_batches == 4 and entry.exchanges == 4
+    assert entry.sent == 4 * 64 * 64 * 2  # of a rank: to the other stage, bf16
+    assert sum(plan.memory_by_rank) > 0 and plan.bubble == pytest.approx(1 / 5)
+
+
+def test_a_stage_holds_as_many_micro_batches_as_its_schedule_keeps_under_way():
+    base = [*TINY, "--model.num_hidden_layers=4", "--training.local_batch_size=8", "--training.seq_len=512"]
+    base += ["--parallelism.pipeline_parallel_degree=2", "--model.vocab_size=32"]
+    held = {}
+    for name in ("1F1B", "GPipe"):
+        held[name] = plan_of(*base, f"--parallelism.pipeline_parallel_schedule={name}", world=2).memory.activations
+    assert held["GPipe"] == pytest.approx(4 * held["1F1B"], rel=0.1)
+
+
+def test_slower_links_and_smaller_nodes_take_longer():
+    job = load_job(None, [*TINY, "--training.virtual_shards=64"])
+    near, far = (make_plan(job, 8, Links(node=node)).traffic for node in (8, 4))
+    assert [entry.sent for entry in near] == [entry.sent for entry in far]
+    assert all(slow.seconds > fast.seconds for slow, fast in zip(far, near))
+
+
+def test_more_stages_than_layers_are_refused():
+    with pytest.raises(ConfigError, match="the model has 3 layers"):
+        plan_of(*TINY, "--training.local_batch_size=8", "--parallelism.pipeline_parallel_degree=4", world=4)
