@@ -24,7 +24,6 @@ RENAMED = {
     "training.data_parallel_shard_degree": "parallelism.data_parallel_shard_degree",
     "training.fsdp_reshard_after_forward": "parallelism.fsdp_reshard_after_forward",
     "training.tensor_parallel_degree": "parallelism.tensor_parallel_degree",
-    "training.disable_loss_parallel": "parallelism.disable_loss_parallel",
     "experimental.pipeline_parallel_degree": "parallelism.pipeline_parallel_degree",
     "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
     "experimental.context_parallel_degree": "parallelism.context_parallel_degree",
@@ -81,6 +80,8 @@ RETIRED = {
     "training.dtype": Retired(("float32",), "sharded parameters are float32; see training.mixed_precision_param"),
     "training.gc_debug": Retired(_OFF, _REMOVE),
     "training.num_tokens_per_train_step": Retired((-1,), "use training.global_batch_size, in sequences"),
+    "training.disable_loss_parallel": Retired((ANYTHING,), "the loss is always computed on vocabulary shards"),
+    "parallelism.disable_loss_parallel": Retired((ANYTHING,), "the loss is always computed on vocabulary shards"),
     "parallelism.enable_async_tensor_parallel": Retired(_OFF, "it is not available; remove the line"),
     "parallelism.enable_sequence_parallel": Retired((True,), "norms are always sequence parallel under TP"),
     "parallelism.pipeline_parallel_schedule_csv": Retired(

@@ -71,9 +71,6 @@ class Parallelism:
     tensor_parallel_degree: int = 1
     """Ranks over which the heads and widths of every layer are split."""
 
-    disable_loss_parallel: bool = False
-    """Under tensor parallelism, gather the logits instead of computing the loss on vocabulary shards."""
-
     pipeline_parallel_degree: int = 1
     """Ranks over which the layers are split into stages."""
 
