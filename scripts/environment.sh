@@ -1,7 +1,8 @@
 # Sourced by the scripts beside it. Leaves `python` pointing at an interpreter that has everything flame needs:
 # the active one if it does, else .venv, which is made and filled from pyproject.toml under constraints.txt.
 # What a job needs only sometimes (datasets, tensorboard, W&B) is not looked for here: its absence has its own message.
-# Usage: source scripts/environment.sh [extra]        extra: "" (training) or "dev" (tests, linters)
+# Usage: source scripts/environment.sh EXTRA        EXTRA: "" (training) or "dev" (tests, linters); bash would pass the
+# arguments of the sourcing script if there were none
 
 flame_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 flame_extra="${1:-}"

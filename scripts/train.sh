@@ -9,7 +9,7 @@
 # SIGTERM or SIGUSR1 to this script saves a checkpoint and ends with status 0; the same command then continues.
 set -euo pipefail
 flame_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$flame_root/scripts/environment.sh"
+source "$flame_root/scripts/environment.sh" ""  # without an argument it would take those of this script
 
 if [ $# -eq 0 ]; then
     echo "usage: bash scripts/train.sh JOB.toml [--section.key value ...]" >&2
