@@ -183,7 +183,7 @@ def _rename(entry: Entry, names: Names) -> Entry | None:
         new = RENAMED[entry.key]
         value = entry.value
         if entry.key in CONVERTED:
-            value = CONVERTED[entry.key](_as_bool(value))
+            value = CONVERTED[entry.key](value if entry.typed else parse_loosely(value))
         shown = f" = {value!r}" if entry.key in CONVERTED else ""
         names.notes.append(f"{entry.origin}: {entry.key} is now {new}{shown}.")
         return Entry(tuple(new.split(".")), value, entry.origin)

@@ -27,6 +27,10 @@ RENAMED = {
     "experimental.pipeline_parallel_degree": "parallelism.pipeline_parallel_degree",
     "experimental.pipeline_parallel_schedule": "parallelism.pipeline_parallel_schedule",
     "experimental.context_parallel_degree": "parallelism.context_parallel_degree",
+    "model.converters": "float8.enable",
+    "quantize.linear.float8.recipe_name": "float8.recipe_name",
+    "quantize.linear.float8.filter_fqns": "float8.filter_fqns",
+    "quantize.linear.float8.emulate": "float8.emulate",
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
     "checkpoint.enable_checkpoint": "checkpoint.enable",
     "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
@@ -34,8 +38,11 @@ RENAMED = {
     "validation.dataset_path": "validation.dataset",
 }
 
+FLOAT8_CONVERTERS = {"": False, "float8": True, "quantize.linear.float8": True}
+
 # Old keys whose value is written differently too.
 CONVERTED: dict[str, Callable[[Any], Any]] = {
+    "model.converters": lambda names: FLOAT8_CONVERTERS.get(str(names).strip("[]'"), names),
     "training.skip_nan_inf": lambda value: {True: "skip", False: "stop"}[value] if isinstance(value, bool) else value,
 }
 
@@ -63,7 +70,7 @@ class Retired:
 _OFF: tuple[Any, ...] = (False, "", "none", "None", 0)
 _EMPTY: tuple[Any, ...] = (*_OFF, [])
 _REMOVE = "it does nothing; remove the line"
-_NO_FP8 = "training in float8 is not available"
+_GATHERED = "weights are gathered in bfloat16; remove the line"
 _NO_FT = "use torchrun's restarts; a restarted run resumes from its newest checkpoint"
 
 # A key, or `section.*` for what is left of a section.
@@ -74,7 +81,6 @@ RETIRED = {
     "job.custom_config_module": Retired(_OFF, "sections are fixed; remove the line"),
     "model.name": Retired((ANYTHING,), "the architecture is model.model_type; remove the line"),
     "model.flavor": Retired((), "give the shape as model.config or as keys of [model]"),
-    "model.converters": Retired(_EMPTY, _NO_FP8),
     "model.print_after_conversion": Retired((ANYTHING,), _REMOVE),
     "optimizer.early_step_in_backward": Retired(_OFF, "it cannot be combined with clipping; remove the line"),
     "training.dtype": Retired(("float32",), "sharded parameters are float32; see training.mixed_precision_param"),
@@ -107,8 +113,12 @@ RETIRED = {
     "checkpoint.enable_ft_dataloader_checkpoints": Retired((ANYTHING,), _REMOVE),
     "activation_offload.*": Retired(_OFF, "activations cannot be offloaded; use activation_checkpoint.mode"),
     "compile.components": Retired((ANYTHING,), "blocks are compiled and the loss has its own kernel; remove the line"),
-    "float8.*": Retired(_OFF, _NO_FP8),
-    "quantize.*": Retired(_EMPTY, _NO_FP8),
+    "float8.enable_fsdp_float8_all_gather": Retired((ANYTHING,), _GATHERED),
+    "float8.precompute_float8_dynamic_scale_for_fsdp": Retired((ANYTHING,), _GATHERED),
+    "float8.force_recompute_fp8_weight_in_bwd": Retired((ANYTHING,), _REMOVE),
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": Retired((ANYTHING,), _GATHERED),
+    "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp": Retired((ANYTHING,), _GATHERED),
+    "quantize.*": Retired(_EMPTY, "float8 for linear layers is the section [float8]; there is no other"),
     "memory_estimation.enabled": Retired(_OFF, "run `flame plan JOB.toml`"),
     "memory_estimation.*": Retired((ANYTHING,), "run `flame plan JOB.toml`"),
     "fault_tolerance.enable": Retired(_OFF, _NO_FT),

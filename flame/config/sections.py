@@ -218,6 +218,24 @@ class Compile:
 
 
 @dataclass
+class Float8:
+    """Matrix products of decoder blocks in float8, by torchao (pip install torchao)."""
+
+    enable: bool = False
+    """Multiply in float8 wherever a block's linear layer is wide enough to gain. Weights, gradients and checkpoints keep
+    their dtypes."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """Scales by tensor, the fastest; by row, more exact; by row with the weight's gradient in bfloat16, the most exact."""
+
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers whose name contains one of these keep their dtype."""
+
+    emulate: bool = False
+    """Round to float8 but multiply in the usual dtype: for machines without float8, slow."""
+
+
+@dataclass
 class Metrics:
     """Logging."""
 
@@ -321,6 +339,7 @@ class JobConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    float8: Float8 = field(default_factory=Float8)
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)
     validation: Validation = field(default_factory=Validation)
@@ -336,6 +355,7 @@ __all__ = [
     "Compile",
     "Dataloader",
     "Debug",
+    "Float8",
     "Generation",
     "Job",
     "JobConfig",

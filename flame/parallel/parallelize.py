@@ -12,6 +12,7 @@ from flame.models.initialize import initialize_weights
 from flame.parallel.activation_checkpoint import apply_activation_checkpointing
 from flame.parallel.compile import compile_blocks
 from flame.parallel.context import check_context_parallel
+from flame.parallel.float8 import apply_float8
 from flame.parallel.fsdp import ShardingOptions, apply_fsdp, parse_dtype
 from flame.parallel.mesh import Degrees, Mesh
 from flame.parallel.pipeline_split import schedule_kind
@@ -58,6 +59,8 @@ def parallelize(model: CausalLM, job: JobConfig, mesh: Mesh, device: torch.devic
         ConfigError: the model cannot be split as the job asks.
     """
     check_context_parallel(model, job, mesh.degrees.cp)
+    if job.float8.enable:
+        apply_float8(model, job.float8, device)
     if mesh.degrees.tp > 1:
         if job.compile.cuda_graph:
             raise ConfigError(

@@ -139,9 +139,19 @@ def test_old_name_with_a_wrong_value_names_its_line(load):
 
 
 def test_feature_that_is_gone_is_accepted_off_and_refused_on(load):
-    assert load("[float8]\nenable_fsdp_float8_all_gather = false\n") == JobConfig()
-    with pytest.raises(ConfigError, match=r"fla.toml:2: float8.enable_fsdp_float8_all_gather = True .*float8"):
-        load("[float8]\nenable_fsdp_float8_all_gather = true\n")
+    assert load('[quantize.grouped_mm.float8]\nfqns = []\n') == JobConfig()
+    with pytest.raises(ConfigError, match=r"fla.toml:2: quantize.grouped_mm.float8.fqns = .*section \[float8\]"):
+        load('[quantize.grouped_mm.float8]\nfqns = ["experts"]\n')
+
+
+@pytest.mark.parametrize("name", ["float8", "quantize.linear.float8"])
+def test_float8_under_the_names_of_flame_and_torchtitan(load, name):
+    recipe = '[quantize.linear.float8]\nrecipe_name = "rowwise"\nenable_fsdp_float8_all_gather = true\n'
+    job = load(f'[model]\nconverters = ["{name}"]\n{recipe}')
+    assert job.float8.enable and job.float8.recipe_name == "rowwise"
+    assert load("", f"--model.converters={name}").float8.enable
+    with pytest.raises(ConfigError, match="fla.toml:2: float8.enable"):
+        load('[model]\nconverters = ["mx"]\n')
 
 
 def test_every_new_name_exists_and_no_old_one_does():
