@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flame.kernels.log_gate import log_gate
 from flame.kernels.rotary import rotary
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.mixers.gsa import Slots, slot_attention, take_misspelled_expansions
 from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution
@@ -19,7 +19,7 @@ from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
-class ABCConfig(ModelConfig):
+class ABCConfig(ScaledWidths):
     """`clamp_min` and `clamp_max` bound the slot logits; `num_slots` None means as many as key channels a head.
 
     The reference spells its arguments `exapnd_k` and `exapnd_v`; either spelling is taken. `gate_low_rank_dim` changes
@@ -43,28 +43,14 @@ class ABCConfig(ModelConfig):
     attn_mode: str = "chunk"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         take_misspelled_expansions(self)
+        super().__post_init__()
         self.require(self.hidden_act != "powlu", "hidden_act", "is an MLP activation that ABC does not take")
-        self.require(
-            self.key_dim % self.num_heads == 0, "expand_k", f"gives {self.key_dim} key channels, not whole heads"
-        )
-        self.require(
-            self.value_dim % self.num_heads == 0, "expand_v", f"gives {self.value_dim} value channels, not whole heads"
-        )
         self.require(
             not self.use_rope or self.key_dim // self.num_heads % 2 == 0,
             "expand_k",
             "gives odd heads, which rotary cannot pair",
         )
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
 
     @property
     def slots(self) -> int:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame.kernels.delta_rule import delta_rule
-from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.delta import DeltaMixer, write_strength
+from flame.models.heads import ScaledWidths
 from flame.models.mixers.base import cached, remember, split_heads
 from flame.models.modules import Linear, ShortConvolution
 from flame.models.registry import System, register
@@ -19,7 +19,7 @@ from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
-class DeltaNetConfig(ModelConfig):
+class DeltaNetConfig(ScaledWidths):
     """expand_k and expand_v scale the key and value widths; use_output_norm changes nothing (the norm is always on)."""
 
     model_type: ClassVar[str] = "delta_net"
@@ -36,19 +36,6 @@ class DeltaNetConfig(ModelConfig):
     qk_norm: Literal["l2", "sum"] = "l2"
     qk_activation: Literal["silu", "relu", "elu", "identity"] = "silu"
     allow_neg_eigval: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, width in (("expand_k", self.key_dim), ("expand_v", self.value_dim)):
-            self.require(width % self.num_heads == 0, name, f"gives {width} channels, no multiple of num_heads")
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
 
     @property
     def value_head_dim(self) -> int:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame.kernels.forgetting_attention import forgetting_attention
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import SplitWidth
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear, RMSNorm
@@ -25,7 +25,7 @@ QK_NORM_EPS = 1e-5
 
 
 @dataclass(kw_only=True)
-class ForgettingTransformerConfig(ModelConfig):
+class ForgettingTransformerConfig(SplitWidth):
     """window_size changes nothing: the gates decide how far back a head looks."""
 
     model_type: ClassVar[str] = "forgetting_transformer"
@@ -36,21 +36,6 @@ class ForgettingTransformerConfig(ModelConfig):
     qk_norm: bool = False
     window_size: int | None = None
     use_output_gate: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_divisible("hidden_size", "num_heads")
-        self.require(
-            self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide num_heads = {self.num_heads}"
-        )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class HeadRMSNorm(RMSNorm):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.linear_attention import linear_attention
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import GroupedHeads, ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GatedRMSNorm, Linear, RMSNorm, ShortConvolution
 from flame.models.registry import System, register
@@ -31,7 +31,7 @@ FEATURE_MAPS = {
 
 
 @dataclass(kw_only=True)
-class GLAConfig(ModelConfig):
+class GLAConfig(GroupedHeads, ScaledWidths):
     """expand_k and expand_v scale the key and value widths against hidden_size; use_gk and use_gv change nothing."""
 
     model_type: ClassVar[str] = "gla"
@@ -51,30 +51,7 @@ class GLAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            self.key_dim % self.num_heads == 0, "expand_k", f"gives keys of {self.key_dim}, no multiple of num_heads"
-        )
-        self.require(
-            self.value_dim % self.num_heads == 0,
-            "expand_v",
-            f"gives values of {self.value_dim}, no multiple of num_heads",
-        )
-        self.require(
-            self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide num_heads = {self.num_heads}"
-        )
         self.require(self.hidden_act != "powlu", "hidden_act", "is no output gate; use 'swish'")
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class GatedLinearAttention(Mixer):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.linear_attention import linear_attention
-from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.feature_maps import T2R, activation
+from flame.models.heads import GroupedHeads, ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear, RMSNorm, ShortConvolution
 from flame.models.registry import System, register
@@ -20,7 +20,7 @@ from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_pe
 
 
 @dataclass(kw_only=True)
-class GSAConfig(ModelConfig):
+class GSAConfig(GroupedHeads, ScaledWidths):
     """`num_slots` None means as many as key channels a head. The reference spells its arguments `exapnd_k` and
     `exapnd_v`; either spelling is taken. `clamp_*`, `use_output_gate`, `use_norm`, `use_rope` and `share_conv_kernel`
     change nothing."""
@@ -47,28 +47,11 @@ class GSAConfig(ModelConfig):
     attn_mode: str = "chunk"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         take_misspelled_expansions(self)
-        self.require(self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide {self.num_heads} heads")
-        self.require(
-            self.key_dim % self.num_heads == 0, "expand_k", f"gives {self.key_dim} key channels, not whole heads"
-        )
-        self.require(self.value_dim % self.num_heads == 0, "num_heads", f"does not divide {self.value_dim} channels")
+        super().__post_init__()
         self.require(
             self.value_dim == self.hidden_size, "expand_v", "must be 1: the output norm has hidden_size channels"
         )
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def slots(self) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flame.kernels.elementwise_scan import elementwise_scan
 from flame.kernels.linear_attention import linear_attention
-from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.feature_maps import feature_map
+from flame.models.heads import GroupedHeads, ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear, RMSNorm
 from flame.models.registry import System, register
@@ -20,7 +20,7 @@ from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_pe
 
 
 @dataclass(kw_only=True)
-class LinearAttentionConfig(ModelConfig):
+class LinearAttentionConfig(GroupedHeads, ScaledWidths):
     """`norm_feature_map` divides by the sum of the weights; `norm_q`, `norm_k` scale features to sum to one."""
 
     model_type: ClassVar[str] = "linear_attn"
@@ -39,25 +39,6 @@ class LinearAttentionConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         feature_map(self.feature_map, 1)
-        self.require(self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide {self.num_heads} heads")
-        self.require(
-            self.key_dim % self.num_heads == 0, "expand_k", f"gives {self.key_dim} key channels, not whole heads"
-        )
-        self.require(
-            self.value_dim % self.num_heads == 0, "expand_v", f"gives {self.value_dim} value channels, not whole heads"
-        )
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class LinearAttention(Mixer):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from flame.kernels.moba import moba
 from flame.kernels.rotary import rotary
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import SplitWidth
 from flame.models.mixers.base import Mixer, merge_heads, split_heads
 from flame.models.mixers.nsa import means_with_past, with_past
 from flame.models.mixers.transformer import visible_keys
@@ -22,7 +22,7 @@ QK_NORM_EPS, OUTPUT_NORM_EPS = 1e-5, 1e-6
 
 
 @dataclass(kw_only=True)
-class MoBAConfig(ModelConfig):
+class MoBAConfig(SplitWidth):
     """moba_topk counts the query's own chunk; 1 or less is full attention, as in the reference.
 
     window_size and use_flash_moba are accepted and change nothing: a chunk chosen may lie anywhere in the past.
@@ -43,25 +43,11 @@ class MoBAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_divisible("hidden_size", "num_heads")
         self.require(
             self.head_dim % 2 == 0, "num_heads", f"gives heads of odd size {self.head_dim}, which rotary cannot pair"
         )
-        self.require(
-            self.kv_heads > 0 and self.num_heads % self.kv_heads == 0,
-            "num_kv_heads",
-            f"does not divide num_heads = {self.num_heads}",
-        )
         self.require(self.moba_chunk_size > 0, "moba_chunk_size", "must be positive")
         self.require(self.attn is None, "attn", "does not combine with sparse attention; use layer_types")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class MixtureOfBlockAttention(Mixer):

@@ -11,8 +11,8 @@ from torch import Tensor
 from flame.kernels.block_attention.chunked import block_means
 from flame.kernels.native_sparse_attention import SparsePattern, native_sparse_attention
 from flame.kernels.rotary import rotary
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import GroupedHeads
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear
@@ -21,7 +21,7 @@ from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 
 @dataclass(kw_only=True)
-class NSAConfig(ModelConfig):
+class NSAConfig(GroupedHeads):
     """block_counts is the number of selected blocks, taken as it is: the reference rounds it up to a power of two.
 
     window_size 0 leaves the window branch out. num_kv_heads None means as many as num_heads.
@@ -40,21 +40,11 @@ class NSAConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.num_heads > 0, "num_heads", "must be positive")
-        self.require(
-            self.kv_heads > 0 and self.num_heads % self.kv_heads == 0,
-            "num_kv_heads",
-            f"does not divide num_heads = {self.num_heads}",
-        )
         self.require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim", "must be even, rotary turns pairs")
         self.require(self.block_size > 0, "block_size", "must be positive")
         self.require(self.block_counts > 0, "block_counts", "must be positive")
         self.require(self.window_size >= 0, "window_size", "must be positive, or 0 for no window branch")
         self.require(self.attn is None, "attn", "does not combine with sparse attention; use layer_types")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class NativeSparseAttention(Mixer):

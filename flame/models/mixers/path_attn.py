@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flame.kernels.normalization import l2_norm
 from flame.kernels.path_attention import path_attention, transport_keys
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import SplitWidth
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.mixers.transformer import visible_keys
 from flame.models.modules import Linear, ShortConvolution
@@ -27,7 +27,7 @@ CONV_SIZE = 3
 
 
 @dataclass(kw_only=True)
-class PathAttentionConfig(ModelConfig):
+class PathAttentionConfig(SplitWidth):
     """The reflections' directions w come through a rank-32 projection and a convolution over 3 tokens unless turned off."""
 
     model_type: ClassVar[str] = "path_attn"
@@ -40,19 +40,7 @@ class PathAttentionConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_divisible("hidden_size", "num_heads")
-        self.require(
-            self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide num_heads = {self.num_heads}"
-        )
         self.require(self.attn is None, "attn", "does not combine with PaTH; use layer_types")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class PathAttention(Mixer):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from flame.kernels.linear_attention import linear_attention
 from flame.kernels.rotary import rotary
-from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.feature_maps import HUGGING_FACE_ACTIVATIONS, activation
+from flame.models.heads import GroupedHeads, ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GatedRMSNorm, Linear, RMSNorm
 from flame.models.registry import System, register
@@ -20,7 +20,7 @@ from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_pe
 
 
 @dataclass(kw_only=True)
-class RetNetConfig(ModelConfig):
+class RetNetConfig(GroupedHeads, ScaledWidths):
     """`use_short_conv`, `conv_size` and `attn_mode` are accepted and change nothing, as in the reference's model."""
 
     model_type: ClassVar[str] = "retnet"
@@ -39,27 +39,8 @@ class RetNetConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         activation(self.feature_map, HUGGING_FACE_ACTIVATIONS)
-        self.require(self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide {self.num_heads} heads")
-        self.require(
-            self.key_dim % self.num_heads == 0, "expand_k", f"gives {self.key_dim} key channels, not whole heads"
-        )
         self.require(self.key_dim // self.num_heads % 2 == 0, "expand_k", "gives odd heads, which rotary cannot pair")
-        self.require(
-            self.value_dim % self.num_heads == 0, "expand_v", f"gives {self.value_dim} value channels, not whole heads"
-        )
         self.require(self.hidden_act != "powlu", "hidden_act", "is also the output gate, which has no 'powlu'")
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class MultiScaleRetention(Mixer):

@@ -20,6 +20,7 @@ from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.decoder import Backbone
 from flame.models.feature_maps import ACTIVATIONS
+from flame.models.heads import ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import GroupNorm, LayerNorm, Linear
 from flame.models.registry import Names, System, register
@@ -30,7 +31,7 @@ STREAMS = 5  # receptance, decay, key, value, gate: the order of x_proj and x_bi
 
 
 @dataclass(kw_only=True)
-class RWKV6Config(ModelConfig):
+class RWKV6Config(ScaledWidths):
     """`proj_low_rank_dim` is the rank of each token-shift mix, `gate_low_rank_dim` that of the decay."""
 
     model_type: ClassVar[str] = "rwkv6"
@@ -51,24 +52,10 @@ class RWKV6Config(ModelConfig):
         super().__post_init__()
         self.require(self.attnres_block_size is None, "attnres_block_size", "does not exist for RWKV-6 blocks")
         self.require(self.hidden_act != "powlu", "hidden_act", "is not an activation of the channel mix")
-        self.require(
-            self.key_dim % self.num_heads == 0, "expand_k", f"gives {self.key_dim} key channels, not whole heads"
-        )
-        self.require(
-            self.value_dim % self.num_heads == 0, "expand_v", f"gives {self.value_dim} value channels, not whole heads"
-        )
 
     def derive(self, cls: type[ModelConfig], options: Mapping[str, Any]) -> ModelConfig:
         """As everywhere, but the channel mix's activation is no business of other systems' layers."""
         return super().derive(cls, {"hidden_act": "swish", **options})
-
-    @property
-    def key_dim(self) -> int:
-        return self.scaled_dim(self.expand_k, "expand_k")
-
-    @property
-    def value_dim(self) -> int:
-        return self.scaled_dim(self.expand_v, "expand_v")
 
     @property
     def mlp_size(self) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from flame.kernels.rotary import rotary
 from flame.kernels.softmax_attention import softmax_attention
-from flame.models.config import ModelConfig
 from flame.models.context import Context
+from flame.models.heads import SplitWidth
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
 from flame.models.modules import Linear, RMSNorm
 from flame.models.registry import System, register
@@ -22,7 +22,7 @@ from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_pe
 
 
 @dataclass(kw_only=True)
-class TransformerConfig(ModelConfig):
+class TransformerConfig(SplitWidth):
     """num_kv_heads None means as many as num_heads; window_size w lets a query see the w newest keys, itself included.
 
     attention_sinks gives each head a learned logit that takes part in its softmax and carries no value, so that a head can
@@ -41,22 +41,10 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_divisible("hidden_size", "num_heads")
         self.require(
             self.head_dim % 2 == 0, "num_heads", f"gives heads of odd size {self.head_dim}, which rotary cannot pair"
         )
-        self.require(
-            self.num_heads % self.kv_heads == 0, "num_kv_heads", f"does not divide num_heads = {self.num_heads}"
-        )
         self.require(self.window_size is None or self.window_size > 0, "window_size", "must be positive")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 class Attention(Mixer):
