@@ -221,6 +221,35 @@ def test_seven_billion_on_512_ranks_in_three_axes_names_every_rank_and_exchange(
     assert "pipeline rank 3, layers 24 to 31" in text and "activations and their gradients" in text
 
 
+STATES = (
+    ("gla", "--model.use_short_conv=true"),
+    ("gated_deltanet", "--model.head_dim=32"),
+    ("rwkv7", "--model.head_dim=32"),
+)
+
+
+@pytest.mark.parametrize("model", [*STATES, ("transformer", "--model.num_heads=2")], ids=lambda model: model[0])
+def test_only_softmax_exchanges_more_between_context_ranks_for_longer_rows(model):
+    name, option = model
+    sent = []
+    for length in (128, 512):
+        keys = [f"--model.model_type={name}", "--model.hidden_size=64", "--model.num_hidden_layers=2", option]
+        keys += ["--model.num_heads=2"] if name != "rwkv7" else []
+        keys += [f"--training.seq_len={length}", "--parallelism.context_parallel_degree=2", "--model.vocab_size=100"]
+        (entry,) = [entry for entry in plan_of(*keys, world=2).traffic if entry.axis == "cp"]
+        sent.append(entry.sent)
+    assert sent[1] == sent[0] * (4 if name == "transformer" else 1) > 0
+
+
+def test_a_state_is_exchanged_once_a_layer_and_direction_and_again_when_recomputed():
+    keys = [*TINY, "--training.local_batch_size=3", "--parallelism.context_parallel_degree=2"]
+    plain, full = (plan_of(*keys, f"--activation_checkpoint.mode={mode}", world=2) for mode in ("none", "full"))
+    (once,), (again,) = ([e for e in plan.traffic if e.axis == "cp"] for plan in (plain, full))
+    state = 3 * 2 * (16 * 32 + 16) * 4  # rows, heads, (keys x values and a decay of every key), fp32
+    assert once.sent == 3 * 2 * state and once.exchanges == 3 * 2
+    assert again.sent == 3 * 3 * state and again.exchanges == 3 * 3
+
+
 def test_a_pipeline_sends_activations_and_gradients_of_every_micro_batch():
     base = [*TINY, "--model.num_hidden_layers=4", "--training.local_batch_size=4"]
     plan = plan_of(*base, "--parallelism.pipeline_parallel_degree=2", world=2)

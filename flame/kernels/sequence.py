@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
 from torch import Tensor
 
 from flame.errors import FlameError
@@ -161,6 +162,17 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def running_sum(x: Tensor, block: int = 256) -> Tensor:
+    """x.cumsum(1) of [B, T, ...]. torch scans a column in one thread, which takes long where rows are long and few; blocks
+    of tokens run side by side."""
+    length, others = x.shape[1], [0, 0] * (x.dim() - 2)
+    if length <= block:
+        return x.cumsum(1)
+    within = F.pad(x, [*others, 0, -length % block]).unflatten(1, (-1, block)).cumsum(2)
+    before = F.pad(within[:, :-1, -1].cumsum(1), [*others, 1, 0])
+    return (within + before.unsqueeze(2)).flatten(1, 2)[:, :length]
+
+
 def opening_states(incoming: Tensor, sequences: int) -> Tensor:
     """[G, ...] -> [N, ...]: the state that each stream starts with for its first document, zero for the others."""
     documents = sequences // incoming.shape[0]
@@ -285,13 +297,13 @@ class _Shift(torch.autograd.Function):
 
 
 def _send(x: Tensor, distance: int, shard: SequenceShard) -> Tensor:
-    """An all-to-all of which only one pair of messages is not empty: a form that compilers understand."""
+    """x of the rank `distance` places earlier, zeros where there is none.
+
+    An all-to-all in which every rank has one message, a form that compilers understand. What goes around the end of the
+    row is dropped; no message at all, which only some ranks would have, is what not every backend can do.
+    """
     sends, receives = [0] * shard.size, [0] * shard.size
-    to, source = shard.rank + distance, shard.rank - distance
-    flat = x.contiguous().flatten()
-    if 0 <= to < shard.size:
-        sends[to] = flat.numel()
-    if 0 <= source < shard.size:
-        receives[source] = flat.numel()
-    received = collectives.wait_tensor(collectives.all_to_all_single(flat[: sum(sends)], receives, sends, shard.group))
-    return received.view_as(x) if sum(receives) else torch.zeros_like(x)
+    source, flat = shard.rank - distance, x.contiguous().flatten()
+    sends[(shard.rank + distance) % shard.size] = receives[source % shard.size] = flat.numel()
+    received = collectives.wait_tensor(collectives.all_to_all_single(flat, receives, sends, shard.group))
+    return received.view_as(x) if 0 <= source < shard.size else torch.zeros_like(x)

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from flame.config import JobConfig, Layout, check_parallelism, load_job, model_values
+from flame.data.build import microbatch_rows
 from flame.errors import ConfigError
+from flame.kernels.sequence import cut_sequence
 from flame.models.decoder import CausalLM, build_model
 from flame.optim.groups import ParameterGroup
 from flame.parallel.fsdp import parse_dtype
 from flame.parallel.mesh import Mesh
 from flame.parallel.pipeline_stage import Boundary, find_boundaries
 from flame.parallel.tensor import layer_plans
-from flame.plan.activations import block_activations, count_blocks
+from flame.plan.activations import block_activations, count_blocks, count_exchanges
 from flame.plan.communication import Links, Traffic, bubble, rank_traffic
 from flame.plan.memory import LocalStage, Memory, rank_memory
 from flame.plan.parameters import Parameters, count_parameters, optimizer_groups
@@ -122,13 +124,17 @@ def local_stages(model: CausalLM, job: JobConfig, layout: Layout, mesh: Mesh) ->
     stages = all_stages(model, job, layout)
     whole = local_model(model, all_stages(model, job, dataclasses.replace(layout, pp=1))[0], mesh, dtype)
     blocks = count_blocks(whole, layout.tp)
+    length = job.training.seq_len
+    shard = cut_sequence(mesh.group("cp"), length, device="meta")[0] if layout.cp > 1 else None
+    exchanges = count_exchanges(whole, microbatch_rows(job), length // layout.cp, shard)
     starts = [stage.first for stage in stages[1:]]
     boundaries = [Boundary(), *(find_boundaries(whole, starts, 64 * layout.tp) if starts else ()), Boundary()]
     by_rank: list[list[LocalStage]] = [[] for _ in range(layout.pp)]
     for stage in stages:
         part = local_model(model, stage, mesh)
         received, sent = boundaries[stage.index], boundaries[stage.index + 1]
-        by_rank[stage.rank].append(LocalStage(part, blocks[stage.first : stage.last], received, sent))
+        own = slice(stage.first, stage.last)
+        by_rank[stage.rank].append(LocalStage(part, blocks[own], exchanges[own], received, sent))
     return by_rank
 
 

@@ -1,44 +1,42 @@
-"""What the blocks of a stage keep for the backward, and what they exchange, from short forwards on the meta device."""
+"""What the blocks of a stage keep for the backward, and what they exchange, from forwards on the meta device."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flame.kernels.sequence import SequenceShard
 from flame.models.context import Context, make_context
 from flame.parallel.pipeline_stage import StageModel
 from flame.plan.parameters import numel
 
+Counted = TypeVar("Counted")
 PROBE_LENGTH = 64  # tokens, times the tensor-parallel ranks; what is counted grows linearly from there
 
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """Bytes a token that a block's forward leaves behind, by what is done about them, and sends to its peers.
+    """Bytes a token that a block's forward leaves behind, by what is done about them.
 
     Attributes:
         stream: the block's input, all that `full` checkpointing keeps.
         kept: without checkpointing.
         kept_by_op: with selective checkpointing by operation.
-        sent: bytes that a rank sends in the forward, by the name of the process group.
-        exchanges: number of collectives in the forward, by the name of the process group.
     """
 
     stream: float
     kept: float
     kept_by_op: float
-    sent: dict[str, float] = field(default_factory=dict)
-    exchanges: dict[str, int] = field(default_factory=dict)
 
 
 class Exchanges(TorchDispatchMode):
-    """Bytes that a rank sends in functional collectives, and their number, by process group."""
+    """Bytes that a rank sends in functional collectives, and their number, by the name of the process group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class Exchanges(TorchDispatchMode):
         self.count: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and isinstance(args[0], Tensor) and "wait" not in func._opname:
+        if func.namespace == "_c10d_functional" and isinstance(args[-1], str):  # not a wait
             group = args[-1]
             ranks = torch.distributed.get_world_size(torch.distributed.distributed_c10d._resolve_process_group(group))
             self.sent[group] += sent_bytes(func._opname, args[0].numel() * args[0].element_size(), ranks)
@@ -92,8 +90,7 @@ def block_activations(block: nn.Module, x: Tensor, ctx: Context, tokens: int | N
 
     leaves = [module for module in block.modules() if not list(module.children())]
     handles = [module.register_forward_hook(note) for module in leaves]
-    with Exchanges() as exchanges:
-        block(x, ctx)
+    block(x, ctx)
     for handle in handles:
         handle.remove()
     count = x.shape[0] * (x.shape[1] if tokens is None else tokens)
@@ -101,8 +98,8 @@ def block_activations(block: nn.Module, x: Tensor, ctx: Context, tokens: int | N
     def size(tensors: Iterable[Tensor]) -> float:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors) / count
 
-    stream, sent = size([x]), {group: value / count for group, value in exchanges.sent.items()}
-    return BlockActivations(stream, size(seen.values()), stream + size(by_op.values()), sent, dict(exchanges.count))
+    stream = size([x])
+    return BlockActivations(stream, size(seen.values()), stream + size(by_op.values()))
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -118,21 +115,45 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def count_blocks(part: StageModel, tp: int) -> list[BlockActivations]:
-    """Activations of every block of a whole model on the meta device, as one of `tp` ranks has them.
+    """Activations of every block of a whole model on the meta device, as one of `tp` ranks has them."""
+    tokens = PROBE_LENGTH * tp
+    return over_blocks(part, 1, tokens, None, lambda block, x, ctx: block_activations(block, x, ctx, tokens))
+
+
+@torch.no_grad()
+def count_exchanges(part: StageModel, rows: int, tokens: int, shard: SequenceShard | None) -> list[Exchanges]:
+    """What the forward of every block of a whole model on the meta device exchanges, on `rows` x `tokens`."""
+
+    def count(block: nn.Module, x: Tensor, ctx: Context) -> Exchanges:
+        with Exchanges() as exchanges:
+            block(x, ctx)
+        return exchanges
+
+    return over_blocks(part, rows, tokens, shard, count)
+
+
+def over_blocks(
+    part: StageModel,
+    rows: int,
+    tokens: int,
+    shard: SequenceShard | None,
+    count: Callable[[nn.Module, Tensor, Context], Counted],
+) -> list[Counted]:
+    """`count` of every block and of what it gets in a forward on `rows` x `tokens` meta tokens.
 
     The first two blocks of a kind are run (the first of all may do more than later ones), the rest count like the second.
     """
-    known: dict[tuple[str, int], list[BlockActivations]] = {}
-    counts, tokens = [], PROBE_LENGTH * tp
+    known: dict[tuple[str, int], list[Counted]] = {}
+    counts = []
     with torch.device("meta"):
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
-        ctx, carried = make_context(tokens, ids.device), part.decoder.initial_carried()
+        ids = torch.zeros(rows, tokens, dtype=torch.int64)
+        ctx, carried = make_context(tokens, ids.device, shard=shard), part.decoder.initial_carried()
         x = part.decoder.embeddings(ids)
         for block in part.blocks:
             same = known.setdefault((type(block.token_mixer).__name__, numel(block.parameters())), [])
             if len(same) < 2:
                 inner = ctx.at_layer(None, carried)
-                same.append(block_activations(block, x, inner, tokens))
+                same.append(count(block, x, inner))
                 x, carried = block(x, inner)
             counts.append(same[-1])
     return counts

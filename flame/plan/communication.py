@@ -62,9 +62,7 @@ def rank_traffic(
 ) -> list[Traffic]:
     """All that a rank with `stages` exchanges in a step of `count` micro-batches."""
     found = [*data_traffic(stages, job, layout, count), *layer_traffic(stages, job, layout, mesh, count)]
-    found += pipeline_traffic(
-        stages, job, layout, count
-    )  # context parallel exchanges: docs/scaling.md has the formulas
+    found += pipeline_traffic(stages, job, layout, count)
     timed = []
     for axis, what, exchanges, sent in found:
         speed = links.outside if spans_nodes(axis.split(" x ")[0], layout, links) else links.inside
@@ -78,6 +76,7 @@ def rank_traffic(
 
 Entry = tuple[str, str, float, float]
 """Axis, what, exchanges, bytes sent."""
+TOKENS = "gather and scatter tokens"
 
 
 def data_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, count: int) -> list[Entry]:
@@ -110,15 +109,19 @@ def data_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, c
 def layer_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, mesh: Mesh, count: int) -> list[Entry]:
     """Exchanges inside the blocks, as counted in their forwards; backwards send as much, recomputation again."""
     tokens = microbatch_rows(job) * job.training.seq_len / layout.cp
-    passes = 3 if job.activation_checkpoint.mode == "full" else 2
-    name, sent, exchanges = mesh.group("tp").group_name, 0.0, 0.0
+    passes = (3 if job.activation_checkpoint.mode == "full" else 2) * count
+    entries: list[Entry] = []
     for stage in stages:
         ends = stage.part.stage.is_first + stage.part.stage.is_last  # the embedding's output, and the head's input
         width = stage.part.config.hidden_size * BYTES[job.training.mixed_precision_param]
-        sent += ends * tokens * width * (layout.tp - 1) / layout.tp
-        sent += sum(block.sent.get(name, 0.0) for block in stage.blocks) * tokens
-        exchanges += ends + sum(block.exchanges.get(name, 0) for block in stage.blocks)
-    return [("tp", "gather and scatter tokens", passes * count * exchanges, passes * count * sent)]
+        sent = ends * tokens * width * (layout.tp - 1) / layout.tp
+        entries.append(("tp", TOKENS, 2 * count * ends, 2 * count * sent))
+        for axis, what in (("tp", TOKENS), ("cp", "states, halos, keys and values")):
+            name = mesh.group(axis).group_name
+            sent = sum(exchanges.sent.get(name, 0.0) for exchanges in stage.exchanges)
+            times = sum(exchanges.count.get(name, 0) for exchanges in stage.exchanges)
+            entries.append((axis, what, passes * times, passes * sent))
+    return merged(entries)
 
 
 def pipeline_traffic(stages: Sequence[LocalStage], job: JobConfig, layout: Layout, count: int) -> list[Entry]:

@@ -11,7 +11,7 @@ from flame.data.build import microbatch_rows
 from flame.optim.groups import parameter_groups, split_matrices
 from flame.parallel.pipeline_split import ScheduleKind, schedule_kind
 from flame.parallel.pipeline_stage import Boundary, StageModel
-from flame.plan.activations import BlockActivations
+from flame.plan.activations import BlockActivations, Exchanges
 from flame.plan.stages import held, local_shape, shard_numel
 
 FP32 = 4
@@ -67,11 +67,13 @@ class LocalStage:
     Attributes:
         part: its modules, on the meta device, with their tensor-parallel parameters.
         blocks: activations of its blocks.
+        exchanges: what each of its blocks exchanges in the forward of a micro-batch.
         received, sent: what travels to and from it.
     """
 
     part: StageModel
     blocks: list[BlockActivations]
+    exchanges: list[Exchanges]
     received: Boundary
     sent: Boundary
 

@@ -104,8 +104,6 @@ def time_rows(plan: Plan) -> list[tuple[str, str]]:
     if plan.bubble:
         rows.append(("pp: waiting at both ends of the step", f"{100 * plan.bubble:8.1f}%  of its time"))
     speeds = f"{links.inside / 1e9:.0f} GB/s within {links.node} ranks, {links.outside / 1e9:.0f} GB/s beyond"
-    if plan.layout.cp > 1:
-        rows.append(("cp: states, halos, keys and values", "not counted; docs/scaling.md"))
     return [*rows, ("a rank sends", speeds)] if plan.traffic else rows
 
 

@@ -9,7 +9,7 @@ from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.elementwise_scan.chunked import elementwise_scan_chunked
 from flame.kernels.elementwise_scan.reference import elementwise_scan_reference
-from flame.kernels.sequence import SequenceShard, first_document, refuse_states
+from flame.kernels.sequence import SequenceShard, first_document, refuse_states, running_sum
 
 __all__ = ["elementwise_scan", "elementwise_scan_step"]
 
@@ -65,7 +65,7 @@ def _part(x: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backend: str 
     """The scan from zero, plus what is left of the incoming state at each token of the first document."""
     h, final = elementwise_scan(x, log_decay, output_final_state=True, cu_seqlens=cu_seqlens, backend=backend)
     assert final is not None
-    left = log_decay.to(final.dtype).cumsum(1).exp()
+    left = running_sum(log_decay.to(final.dtype)).exp()
     first = first_document(x.shape[1], cu_seqlens, x.device)
     whole = left[:, -1] if len(final) == len(x) else torch.zeros_like(left[:, -1])
     incoming = shard.carry(final[-len(x) :], whole)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flame.errors import FlameError
 from flame.kernels.linear_attention import linear_attention
 from flame.kernels.linear_attention.problem import Problem
-from flame.kernels.sequence import SequenceShard, closing_states, first_document, wide
+from flame.kernels.sequence import SequenceShard, closing_states, first_document, running_sum, wide
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def cumulative_decays(p: Problem) -> Decays | None:
         total = (steps[:, None] * decay)[None, :, :, None]
     else:
         decay = decay if decay.dim() == 4 else decay.unsqueeze(-1)
-        total = decay.cumsum(1)
+        total = running_sum(decay)
     return Decays(total if p.bonus is None else total - decay, total[:, -1])
 
 
