@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor
 
 from flame.errors import FlameError
+from flame.kernels.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 
 GATHER_LIMIT = 8  # ranks up to which one all-gather of all states beats log2(ranks) rounds of one state each
 
@@ -248,12 +248,11 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.wait_tensor(collectives.all_gather_tensor(x, 0, group))
+        return all_gather(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        summed = collectives.reduce_scatter_tensor(grads[0].contiguous(), "sum", 0, ctx.group)
-        return collectives.wait_tensor(summed), None
+        return reduce_scatter(grads[0], ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
@@ -262,11 +261,11 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return collectives.wait_tensor(collectives.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+        return all_reduce(grads[0], ctx.group), None
 
 
 class _Deal(torch.autograd.Function):
@@ -275,12 +274,12 @@ class _Deal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.wait_tensor(collectives.all_to_all_single(x, None, None, group))
+        return all_to_all(x, [1] * group.size(), [1] * group.size(), group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        back = collectives.all_to_all_single(grads[0].contiguous(), None, None, ctx.group)
-        return collectives.wait_tensor(back), None
+        ones = [1] * ctx.group.size()
+        return all_to_all(grads[0], ones, ones, ctx.group), None
 
 
 class _Shift(torch.autograd.Function):
@@ -305,5 +304,5 @@ def _send(x: Tensor, distance: int, shard: SequenceShard) -> Tensor:
     sends, receives = [0] * shard.size, [0] * shard.size
     source, flat = shard.rank - distance, x.contiguous().flatten()
     sends[(shard.rank + distance) % shard.size] = receives[source % shard.size] = flat.numel()
-    received = collectives.wait_tensor(collectives.all_to_all_single(flat, receives, sends, shard.group))
+    received = all_to_all(flat, receives, sends, shard.group)
     return received.view_as(x) if 0 <= source < shard.size else torch.zeros_like(x)

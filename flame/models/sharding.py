@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from flame.errors import ConfigError
+from flame.kernels.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
 
 DEGREE = "parallelism.tensor_parallel_degree"
 
@@ -88,31 +89,6 @@ class TensorParallel:
     def _padded(self, x: Tensor) -> Tensor:
         missing = 0 if self.by_rows(*x.shape[:2]) else -x.shape[1] % self.size
         return F.pad(x, (0, 0, 0, missing)) if missing else x
-
-
-# What both eager and compiled code run. The names of these operators outlive those of their wrappers.
-COLLECTIVES = torch.ops._c10d_functional
-
-
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Rows of all ranks below one another."""
-    return COLLECTIVES.wait_tensor(COLLECTIVES.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
-
-
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """One's own rows of the sum over ranks."""
-    total = COLLECTIVES.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
-    return COLLECTIVES.wait_tensor(total)
-
-
-def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return COLLECTIVES.wait_tensor(COLLECTIVES.all_reduce(x.contiguous(), "sum", group.group_name))
-
-
-def all_to_all(x: Tensor, received: tuple[int, ...], sent: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-    """Rows from every rank below one another, `received` and `sent` of them from and to each."""
-    exchanged = COLLECTIVES.all_to_all_single(x.contiguous(), list(received), list(sent), group.group_name)
-    return COLLECTIVES.wait_tensor(exchanged)
 
 
 class _Gather(torch.autograd.Function):
