@@ -17,15 +17,16 @@ pytestmark = pytest.mark.distributed
 NAMES = sorted(systems())
 COMMON = ["gated_deltanet", "gla", "mamba2", "mom", "rwkv7", "transformer"]
 GROUPS = {"common": COMMON, "others": [name for name in NAMES if name not in COMMON]}  # all with --run-slow
-OPTIONS = {  # convolutions where they are optional
+OPTIONS = {  # convolutions where they are optional, and heads for two ranks
     "gla": {"use_short_conv": True},
     "gsa": {"use_short_conv": True},
     "hgrn": {"use_short_conv": True},
+    "rodimus": {"ska_attn": {"num_heads": 2}},
 }
 
 
 def job(name):
-    values = {**config(name), **OPTIONS.get(name, {})}
+    values = {**config(name), "vocab_size": 68, **OPTIONS.get(name, {})}  # a multiple of tensor-parallel ranks
     return {**values, "attn": {"layers": [1], "num_heads": 2, "window_size": 7}} if name == "gla" else values
 
 
@@ -84,7 +85,7 @@ def compare(group, degrees, one_process):
     names = GROUPS[group]
     if group not in one_process:
         one_process[group] = run_ranks(losses_and_gradients, 1, names, Degrees(), 1)[0]
-    world_size = degrees.dp_shard * degrees.dp_replicate * degrees.cp
+    world_size = degrees.data * degrees.cp * degrees.tp
     for results in run_ranks(losses_and_gradients, world_size, names, degrees, world_size):
         for name in names:
             assert_equal(name, results[name], one_process[group][name])
@@ -95,6 +96,7 @@ LAYOUTS = {
     "cp_4": Degrees(cp=4),
     "dp_shard_2_cp_2": Degrees(dp_shard=2, cp=2),
     "dp_replicate_2_cp_2": Degrees(dp_replicate=2, cp=2),
+    "cp_2_tp_2": Degrees(cp=2, tp=2),
 }
 
 
@@ -104,6 +106,6 @@ def test_common_systems_compute_what_one_process_does(layout, one_process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["cp_2", "cp_4", "dp_shard_2_cp_2"])
+@pytest.mark.parametrize("layout", ["cp_2", "cp_4", "dp_shard_2_cp_2", "cp_2_tp_2"])
 def test_all_systems_compute_what_one_process_does(layout, one_process):
     compare("others", LAYOUTS[layout], one_process)
