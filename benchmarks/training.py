@@ -115,6 +115,10 @@ class Entrant:
         cell.memory_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
 
     def round(self, batch: PackedBatch, steps: int) -> None:
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 3:  # what the other loop left in the allocator would be freed in the middle of a step
+            torch.cuda.empty_cache()
+            self.step(batch)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
@@ -135,7 +139,8 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
             entrants.append(Entrant(cell, job, batch))
         except Exception as error:  # a peer may fail in any way; the others are still measured
             cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
     for seed in range(1, args.rounds + 1):
         batch = make_batch(shape, vocabulary, 0 if "packed" in shape else seed)
         for entrant in entrants:
