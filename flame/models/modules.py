@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.normalization import gated_rms_norm, group_norm, layer_norm, rms_norm
+from flame.kernels.projections import projections
 from flame.kernels.short_convolution import short_convolution
 from flame.kernels.swiglu import swiglu
 from flame.models.config import ModelConfig
@@ -25,6 +28,15 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """`[layer(x) for layer in layers]` for x [B, T, D], whose gradient is summed inside the matrix products."""
+    plain = all(type(layer) is Linear and layer.bias is None for layer in layers)
+    if not plain or not x.is_cuda:  # layers with a computation of their own; on a CPU nothing is gained
+        return [layer(x) for layer in layers]
+    weights: list[Any] = [layer.weight for layer in layers]
+    return projections(x, weights)
 
 
 class Embedding(nn.Embedding):
@@ -214,7 +226,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.ranks is not None:
             x = self.ranks.gather_any(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, self.gate_proj, self.up_proj)
         hidden = powlu(gate) * up if self.activation == "powlu" else swiglu(gate, up)
         out = self.down_proj(hidden)
         return out if self.ranks is None else self.ranks.scatter_any(out)
