@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from flame.models.context import make_context
 from flame.models.decoder import build_model
 from flame.models.registry import systems
 from tests.models.test_hf import NEEDS, SMALL
@@ -30,3 +31,17 @@ def test_four_layers_are_compiled_at_most_twice(model_type):
     ids = torch.arange(48)[None] % 50
     model(ids, labels=ids).loss_sum.backward()
     assert counters["stats"]["unique_graphs"] <= 2  # a first layer, or every second one, may be of its own kind
+
+
+def test_any_number_of_documents_shares_a_compilation():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    longest = torch.compile(lambda ctx: ctx.cu_seqlens.diff().max(), backend=backend)
+    for bounds in ([0, 20, 48], [0, 5, 20, 48], [0, 5, 11, 13, 20, 48]):
+        ctx = make_context(48, torch.device("cpu"), torch.tensor(bounds, dtype=torch.int32))
+        assert longest(ctx) == 28
+    assert len(compiled) == 1
