@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ def ours(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Module]:
     step = TrainStep(model, build_optimizer(job, model), guard, mesh.data_group, StepOptions(job.training.max_norm))
     run = GraphedStep(step, device) if job.compile.cuda_graph else step
     return lambda batch: run([batch], 1).loss, model
+
+
+def graphed(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Module]:
+    """Ours, replayed from a CUDA graph."""
+    return ours(replace(job, compile=replace(job.compile, cuda_graph=True)), config)
 
 
 def reference(job: JobConfig, config: ModelConfig, compiled: bool) -> tuple[Step, nn.Module]:
@@ -144,6 +149,7 @@ def optimize(job: JobConfig, model: nn.Module, forward: Callable[[PackedBatch], 
 
 LOOPS: dict[str, Callable[[JobConfig, ModelConfig], tuple[Step, nn.Module]]] = {
     "flame": ours,
+    "flame-graph": graphed,
     "fla": lambda job, config: reference(job, config, False),
     "fla-compiled": lambda job, config: reference(job, config, True),
     "torch": torch_transformer,

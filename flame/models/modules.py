@@ -39,6 +39,17 @@ def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     return projections(x, weights)
 
 
+def project_apart(x: Tensor, layer: nn.Module, widths: list[int]) -> list[Tensor]:
+    """`layer(x)` cut along its channels into runs of the given widths, each a tensor of its own.
+
+    Cutting the whole result gives strided parts, which kernels copy, and the backward copies their gradients together.
+    """
+    if type(layer) is not Linear or layer.bias is not None or not x.is_cuda:
+        return list(layer(x).split(widths, -1))
+    weight: Any = layer.weight
+    return projections(x, list(weight.split(widths)))
+
+
 class Embedding(nn.Embedding):
     """Token embeddings, N(0, std). `padding_idx` gets no gradient and, as in the reference, no zero row."""
 
@@ -202,6 +213,18 @@ class ShortConvolution(nn.Module):
         if ctx.cache is not None:
             ctx.cache[name] = state
         return y
+
+    def apart(self, parts: list[Tensor], ctx: Context, name: str) -> list[Tensor]:
+        """The convolution of channels that lie in several tensors [B, T, C_i], in the order of the weight."""
+        widths = [part.shape[-1] for part in parts]
+        if ctx.cache is not None:
+            return list(self(torch.cat(parts, -1), ctx, name).split(widths, -1))
+        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
+        options: dict[str, Any] = {"activation": self.activation, "cu_seqlens": ctx.cu_seqlens, "shard": ctx.shard}
+        return [
+            short_convolution(part, weight, bias, **options)[0]
+            for part, weight, bias in zip(parts, self.weight.squeeze(1).split(widths), biases)
+        ]
 
 
 class GatedMLP(nn.Module):
