@@ -118,6 +118,7 @@ def unfused_fp64(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens x hidden size x vocabulary")
+    parser.add_argument("--losses", nargs="+", help="only these")
     parser.add_argument("--json", help="also write the rows here")
     args = parser.parse_args()
     rows = []
@@ -126,6 +127,8 @@ def main() -> None:
         least = floor(*problem[:2])
         print(f"{shape}: three products {least:.2f} ms")
         for name, loss in peers().items():
+            if args.losses and name not in args.losses:
+                continue
             torch.cuda.empty_cache()
             try:
                 ms, peak = measure(loss, *problem)

@@ -6,8 +6,9 @@ and clipping at norm 1. `build(name, job)` gives a function from a batch to the 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,19 +63,29 @@ def ours(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Module]:
     return lambda batch: run([batch], 1).loss, model
 
 
+def graphed(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Module]:
+    """Ours, replayed from a CUDA graph."""
+    return ours(replace(job, compile=replace(job.compile, cuda_graph=True)), config)
+
+
 def reference(job: JobConfig, config: ModelConfig, compiled: bool) -> tuple[Step, nn.Module]:
-    """The same system from flash-linear-attention, with its own defaults (all fusions on)."""
+    """The same system from flash-linear-attention, with its own defaults."""
     import fla  # noqa: F401  registers its models with transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = AutoConfig.for_model(config.model_type).to_dict()
     values = {key: value for key, value in config.to_dict().items() if key in known and key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model_type, **values), dtype=torch.float32)
+    with torch.device("cuda"):
+        peer = AutoConfig.for_model(config.model_type, **values)
+        model = AutoModelForCausalLM.from_config(peer, dtype=torch.float32).train()
     layers = model.model.layers if hasattr(model, "model") else model.backbone.layers
+    if config.model_type == "mamba2" and importlib.util.find_spec("causal_conv1d") is None:
+        for layer in layers:
+            layer.mixer.eval()  # its other path: the same arithmetic with convolutions from Triton, and differentiable
     if compiled:
         for layer in layers:
             layer.compile()
-    loss = sharded(model.cuda(), layers)
+    loss = sharded(model, layers)
     return optimize(
         job, model, lambda batch: loss(batch.input_ids, labels=batch.input_ids, **packing(batch)).loss
     ), model
@@ -138,6 +149,7 @@ def optimize(job: JobConfig, model: nn.Module, forward: Callable[[PackedBatch], 
 
 LOOPS: dict[str, Callable[[JobConfig, ModelConfig], tuple[Step, nn.Module]]] = {
     "flame": ours,
+    "flame-graph": graphed,
     "fla": lambda job, config: reference(job, config, False),
     "fla-compiled": lambda job, config: reference(job, config, True),
     "torch": torch_transformer,

@@ -6,11 +6,15 @@
 writes training.json and training.md. `--profile` adds a profile of one step of each loop (where the GPU's time goes and
 how much of the step it is busy); `--first-step` measures from the start of a fresh process to the end of its first step,
 with empty compiler caches and again with warm ones.
+
+Peers that autotune take minutes for it. `--compile-share I/N` takes one step of each loop and compiles one in N of their
+configurations, for N processes at once; the measuring run with the same `--caches` then times what they compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -27,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.kernels import machine
 from benchmarks.loops import PackedBatch, Step, build
+from benchmarks.pretuned import compile_share, tune_recorded
 from flame.config import JobConfig, load_job, model_values
 from flame.metrics.throughput import peak_flops
 from flame.models.decoder import build_model
@@ -110,6 +115,10 @@ class Entrant:
         cell.memory_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
 
     def round(self, batch: PackedBatch, steps: int) -> None:
+        free, total = torch.cuda.mem_get_info()
+        if free < total / 3:  # what the other loop left in the allocator would be freed in the middle of a step
+            torch.cuda.empty_cache()
+            self.step(batch)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
@@ -130,7 +139,8 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
             entrants.append(Entrant(cell, job, batch))
         except Exception as error:  # a peer may fail in any way; the others are still measured
             cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
     for seed in range(1, args.rounds + 1):
         batch = make_batch(shape, vocabulary, 0 if "packed" in shape else seed)
         for entrant in entrants:
@@ -138,7 +148,7 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
     flops, peak = flops_per_token(job, batch), peak_flops(torch.device("cuda"))
     for entrant in entrants:
         entrant.cell.mfu = 0.0 if peak is None else entrant.cell.tokens_per_s * flops / peak
-        if args.profile:
+        if entrant.cell.loop in args.profile:
             name = f"{entrant.cell.job}_{shape.replace(':', '')}_{entrant.cell.loop}.txt"
             (args.out / name).write_text(describe_step(entrant.step, batch))
     return cells
@@ -192,6 +202,36 @@ def child(path: str, shape: str, loop: str, overrides: list[str]) -> None:
     print(f"first step {time.time() - float(os.environ[STARTED]):.1f}", flush=True)
 
 
+def record_of(path: str, args: argparse.Namespace) -> Path:
+    return (args.caches or Path("outputs")) / f"{Path(path).stem}.txt"
+
+
+def use_caches(path: str, args: argparse.Namespace) -> None:
+    """Point the compilers at the folders of this job."""
+    if args.caches:
+        folder = args.caches / Path(path).stem
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+
+
+def compile_once(path: str, args: argparse.Namespace) -> None:
+    """One step of every loop at every shape, so that the caches hold what it needs."""
+    use_caches(path, args)
+    job = load(path, args.override)
+    for shape in args.shape:
+        for loop in args.loops:
+            try:
+                step: Step | None = build(loop, job)[0]
+                assert step is not None
+                loss = float(step(make_batch(shape, model_values(job)["vocab_size"], 0)))
+                print(f"{Path(path).stem} {shape} {loop}: loss {loss:.3f}", flush=True)
+            except Exception as error:  # a peer may fail in any way; the measuring run reports it
+                print(f"{Path(path).stem} {shape} {loop}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            step = None
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
 def table(cells: list[Cell], facts: dict[str, object]) -> str:
     """Markdown; the ratio is our rate over the loop's."""
     ours = {(cell.job, cell.shape): cell.tokens_per_s for cell in cells if cell.loop == "flame"}
@@ -219,7 +259,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps a round")
     parser.add_argument("--out", type=Path, default=Path("outputs/training"))
     parser.add_argument("--override", action="append", default=[], help="--override=--section.key=value for our job")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", nargs="*", default=[], help="loops to profile")
+    parser.add_argument("--caches", type=Path, help="keep each job's compiler caches in a folder of its own under this")
+    parser.add_argument("--compile-share", metavar="I/N", help="only compile a share of what peers tune")
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -229,18 +271,30 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    os.environ.setdefault("FLA_CACHE_RESULTS", "0")  # tuned on this GPU, alone
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.training needs a GPU.")
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     if args.child:
+        use_caches(args.jobs[0], args)
         child(args.jobs[0], args.shape[0], args.loops[0], args.override)
+        return
+    if args.compile_share:
+        index, count = map(int, args.compile_share.split("/"))
+        for path in args.jobs:
+            compile_share(index, count, record_of(path, args))
+            compile_once(path, args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     facts, cells, starts = machine(torch.device("cuda")), [], []
     for path in args.jobs:
+        use_caches(path, args)
+        if args.caches:
+            tune_recorded(record_of(path, args))
         for shape in args.shape:
             cells += compare(path, shape, args)
+            gc.collect()  # models are full of cycles
             torch.cuda.empty_cache()
             torch._dynamo.reset()
             if args.first_step:

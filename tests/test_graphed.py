@@ -29,6 +29,7 @@ class Rows:
     labels: torch.Tensor
     cu_seqlens: None = None
     max_seqlen: int | None = None
+    shard: None = None
 
 
 @pytest.fixture(scope="module", autouse=True)

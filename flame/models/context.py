@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -69,6 +70,9 @@ def make_context(
         raise FlameError(
             "cu_seqlens cannot be combined with a cache that already holds tokens; decode plain rows instead."
         )
+    if cu_seqlens is not None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        # Else compiled blocks are compiled again for the second number of documents that they meet.
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
     positions = token_positions(length, device, cu_seqlens, cache.seen if cache else 0)
     if shard is not None:  # the first document began earlier
         first = first_document(length, cu_seqlens, device)

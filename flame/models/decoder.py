@@ -88,8 +88,15 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The stream [B, T, D] after all blocks, or those that a pipeline stage has, and what the last one carried."""
         for name, block in self.layers.named_children():
-            x, carried = block(x, ctx.at_layer(cache.layers[int(name)] if cache else None, carried))
+            own = self.carried_to(int(name), carried)
+            x, carried = block(x, ctx.at_layer(cache.layers[int(name)] if cache else None, {**carried, **own}))
+            carried = {key: value for key, value in carried.items() if key not in own}
         return x, carried
+
+    def carried_to(self, index: int, carried: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What block `index` alone finds in `ctx.carried`, too. What differs by layer is chosen here, outside of compiled
+        code, which would else be compiled for every layer anew."""
+        return {}
 
     def finish(self, x: Tensor, carried: dict[str, Tensor]) -> Tensor:
         """Normed hidden states [B, T, D] of the last block's stream, in the stream's dtype."""

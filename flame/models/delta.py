@@ -123,15 +123,22 @@ class DeltaMixer(Mixer):
 
     def project(self, name: str, x: Tensor, ctx: Context) -> Tensor:
         """[B, T, D] -> [B, T, channels of `name`]."""
-        projected = getattr(self, f"{name}_proj")(x)
+        return self.convolve(name, getattr(self, f"{name}_proj")(x), ctx)
+
+    def convolve(self, name: str, projected: Tensor, ctx: Context) -> Tensor:
+        """The convolution of `name`, or SiLU alone."""
         if not self.config.use_short_conv:
             return F.silu(projected)
         return getattr(self, f"{name}_conv1d")(projected, ctx, f"{name}_conv")
 
     def output(self, o: Tensor, x: Tensor) -> Tensor:
         """Norm, gate and output projection of the heads o [B, T, H, V]; x is the mixer's input."""
-        if hasattr(self, "g_proj"):
-            o = self.o_norm(o, self.g_proj(x).unflatten(-1, o.shape[-2:]))
+        return self.gated_output(o, self.g_proj(x) if hasattr(self, "g_proj") else None)
+
+    def gated_output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """The same with the gate [B, T, H * V] before its activation, or None for no gate."""
+        if gate is not None:
+            o = self.o_norm(o, gate.unflatten(-1, o.shape[-2:]))
         else:
             o = self.o_norm(o)
         return self.o_proj(o.flatten(-2))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.normalization import gated_rms_norm, group_norm, layer_norm, rms_norm
+from flame.kernels.projections import projections
 from flame.kernels.short_convolution import short_convolution
 from flame.kernels.swiglu import swiglu
 from flame.models.config import ModelConfig
@@ -25,6 +28,26 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """`[layer(x) for layer in layers]` for x [B, T, D], whose gradient is summed inside the matrix products."""
+    plain = all(type(layer) is Linear and layer.bias is None for layer in layers)
+    if not plain or not x.is_cuda:  # layers with a computation of their own; on a CPU nothing is gained
+        return [layer(x) for layer in layers]
+    weights: list[Any] = [layer.weight for layer in layers]
+    return projections(x, weights)
+
+
+def project_apart(x: Tensor, layer: nn.Module, widths: list[int]) -> list[Tensor]:
+    """`layer(x)` cut along its channels into runs of the given widths, each a tensor of its own.
+
+    Cutting the whole result gives strided parts, which kernels copy, and the backward copies their gradients together.
+    """
+    if type(layer) is not Linear or layer.bias is not None or not x.is_cuda:
+        return list(layer(x).split(widths, -1))
+    weight: Any = layer.weight
+    return projections(x, list(weight.split(widths)))
 
 
 class Embedding(nn.Embedding):
@@ -191,6 +214,18 @@ class ShortConvolution(nn.Module):
             ctx.cache[name] = state
         return y
 
+    def apart(self, parts: list[Tensor], ctx: Context, name: str) -> list[Tensor]:
+        """The convolution of channels that lie in several tensors [B, T, C_i], in the order of the weight."""
+        widths = [part.shape[-1] for part in parts]
+        if ctx.cache is not None:
+            return list(self(torch.cat(parts, -1), ctx, name).split(widths, -1))
+        biases = [None] * len(parts) if self.bias is None else self.bias.split(widths)
+        options: dict[str, Any] = {"activation": self.activation, "cu_seqlens": ctx.cu_seqlens, "shard": ctx.shard}
+        return [
+            short_convolution(part, weight, bias, **options)[0]
+            for part, weight, bias in zip(parts, self.weight.squeeze(1).split(widths), biases)
+        ]
+
 
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer, 2020)."""
@@ -214,7 +249,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.ranks is not None:
             x = self.ranks.gather_any(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, self.gate_proj, self.up_proj)
         hidden = powlu(gate) * up if self.activation == "powlu" else swiglu(gate, up)
         out = self.down_proj(hidden)
         return out if self.ranks is None else self.ranks.scatter_any(out)

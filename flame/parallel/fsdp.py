@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,11 +71,36 @@ def apply_fsdp(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, 
         )
     fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=policy == "always")
     for module in fsdp_modules(model):
+        if mesh.size() == 1:
+            module.set_custom_reduce_scatter(OneRank())
+            continue
         # The loss is already divided by the token count of all ranks, so gradients are summed, never averaged. The
         # factor alone would ask for a scaled reduction, which gloo lacks.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     prefetch_neighbours(blocks)
+
+
+class OneRank:
+    """The reduction of gradients over one rank: what goes in is what comes out, in the same memory.
+
+    torch would copy, and divide into yet another copy where a factor is set: 16 of the 22 bytes that it moves a parameter.
+    """
+
+    def __init__(self) -> None:
+        self.pending: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Called for the input, and then for the output of the same reduction."""
+        pending, self.pending = self.pending, None
+        if pending is not None and pending.numel() == math.prod(size) and pending.dtype == dtype:
+            return pending
+        self.pending = torch.empty(*size, dtype=dtype, device=device)
+        return self.pending
+
+    def __call__(self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, *_: Any, **__: Any) -> None:
+        if output_tensor is not input_tensor:
+            output_tensor.copy_(input_tensor)
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

@@ -139,7 +139,7 @@ def test_old_name_with_a_wrong_value_names_its_line(load):
 
 
 def test_feature_that_is_gone_is_accepted_off_and_refused_on(load):
-    assert load('[quantize.grouped_mm.float8]\nfqns = []\n') == JobConfig()
+    assert load("[quantize.grouped_mm.float8]\nfqns = []\n") == JobConfig()
     with pytest.raises(ConfigError, match=r"fla.toml:2: quantize.grouped_mm.float8.fqns = .*section \[float8\]"):
         load('[quantize.grouped_mm.float8]\nfqns = ["experts"]\n')
 

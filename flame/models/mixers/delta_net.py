@@ -13,7 +13,7 @@ from flame.models.context import Context
 from flame.models.delta import DeltaMixer, write_strength
 from flame.models.heads import ScaledWidths
 from flame.models.mixers.base import cached, remember, split_heads
-from flame.models.modules import Linear, ShortConvolution
+from flame.models.modules import Linear, ShortConvolution, project
 from flame.models.registry import System, register
 from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
@@ -61,12 +61,14 @@ class DeltaNet(DeltaMixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
-        q, k = (self.key_features(name, x, ctx) for name in ("q", "k"))
+        rates = [self.b_proj] if c.use_beta else []
+        gates = [self.g_proj] if c.use_gate else []
+        q, k, v, *others = project(x, self.q_proj, self.k_proj, self.v_proj, *rates, *gates)
         o, state = delta_rule(
-            q,
-            k,
-            split_heads(self.project("v", x, ctx), c.num_heads),
-            write_strength(self.b_proj(x), c.allow_neg_eigval) if c.use_beta else None,
+            self.key_features("q", q, ctx),
+            self.key_features("k", k, ctx),
+            split_heads(self.convolve("v", v, ctx), c.num_heads),
+            write_strength(others[0], c.allow_neg_eigval) if c.use_beta else None,
             normalize=c.qk_norm == "l2",
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
@@ -74,15 +76,13 @@ class DeltaNet(DeltaMixer):
             shard=ctx.shard,
         )
         remember(ctx, "state", state)
-        return self.output(o, x)
+        return self.gated_output(o, others[-1] if c.use_gate else None)
 
-    def key_features(self, name: str, x: Tensor, ctx: Context) -> Tensor:
-        """q or k [B, T, H, K] after convolution and activation, divided by its absolute sum if qk_norm is 'sum'."""
+    def key_features(self, name: str, y: Tensor, ctx: Context) -> Tensor:
+        """q or k [B, T, H, K] of its projection: convolution, activation, division by its absolute sum for qk_norm "sum"."""
         c = self.config
         if c.use_short_conv or c.qk_activation == "silu":
-            y = self.project(name, x, ctx)
-        else:
-            y = getattr(self, f"{name}_proj")(x)
+            y = self.convolve(name, y, ctx)
         if c.qk_activation == "relu":
             y = F.relu(y)
         elif c.qk_activation == "elu":

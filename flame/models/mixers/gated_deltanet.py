@@ -12,7 +12,7 @@ from flame.kernels.delta_rule import delta_rule
 from flame.models.context import Context
 from flame.models.delta import DeltaHeadsConfig, DeltaMixer, init_decay, log_decay, write_strength
 from flame.models.mixers.base import cached, remember, split_heads
-from flame.models.modules import Linear
+from flame.models.modules import Linear, project
 from flame.models.registry import System, register
 from flame.models.sharding import Plan
 
@@ -50,13 +50,14 @@ class GatedDeltaNet(DeltaMixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
-        q, k = (split_heads(self.project(name, x, ctx), c.num_heads) for name in ("q", "k"))
+        gates = [self.g_proj] if c.use_gate else []
+        q, k, v, a, b, *gate = project(x, self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj, *gates)
         o, state = delta_rule(
-            q,
-            k,
-            split_heads(self.project("v", x, ctx), c.value_heads),
-            write_strength(self.b_proj(x), c.allow_neg_eigval),
-            scalar_decay=log_decay(self.a_proj(x), self.A_log, self.dt_bias),
+            split_heads(self.convolve("q", q, ctx), c.num_heads),
+            split_heads(self.convolve("k", k, ctx), c.num_heads),
+            split_heads(self.convolve("v", v, ctx), c.value_heads),
+            write_strength(b, c.allow_neg_eigval),
+            scalar_decay=log_decay(a, self.A_log, self.dt_bias),
             normalize=True,
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
@@ -64,7 +65,7 @@ class GatedDeltaNet(DeltaMixer):
             shard=ctx.shard,
         )
         remember(ctx, "state", state)
-        return self.output(o, x)
+        return self.gated_output(o, gate[0] if gate else None)
 
     def tensor_parallel_plan(self, ranks: int) -> Plan:
         return self.plan_by_heads(ranks, value_heads=("a_proj", "b_proj", "A_log", "dt_bias"))

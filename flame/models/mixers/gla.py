@@ -12,7 +12,7 @@ from flame.kernels.linear_attention import linear_attention
 from flame.models.context import Context
 from flame.models.heads import GroupedHeads, ScaledWidths
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
-from flame.models.modules import GatedRMSNorm, Linear, RMSNorm, ShortConvolution
+from flame.models.modules import GatedRMSNorm, Linear, RMSNorm, ShortConvolution, project
 from flame.models.registry import System, register
 from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
@@ -96,7 +96,8 @@ class GatedLinearAttention(Mixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        gates = [self.g_proj] if c.use_output_gate else []
+        q, k, v, low_rank, *gate = project(x, self.q_proj, self.k_proj, self.v_proj, self.gk_proj[0], *gates)
         if c.use_short_conv:
             q, k, v = self.q_conv1d(q, ctx, "q_conv"), self.k_conv1d(k, ctx, "k_conv"), self.v_conv1d(v, ctx, "v_conv")
         q, k, v = split_heads(q, c.num_heads), split_heads(k, c.kv_heads), split_heads(v, c.kv_heads)
@@ -106,7 +107,7 @@ class GatedLinearAttention(Mixer):
             q,
             k,
             v,
-            key_decay=split_heads(self.log_decay(x), c.kv_heads),
+            key_decay=split_heads(self.log_decay(self.gk_proj[1](low_rank)), c.kv_heads),
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
@@ -114,12 +115,12 @@ class GatedLinearAttention(Mixer):
         )
         remember(ctx, "state", state)
         norm = getattr(self, self.norm_name)
-        o = norm(o, split_heads(self.g_proj(x), c.num_heads)) if c.use_output_gate else norm(o)
+        o = norm(o, split_heads(gate[0], c.num_heads)) if gate else norm(o)
         return self.o_proj(merge_heads(o))
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def log_decay(self, logits: Tensor) -> Tensor:
         """[B, T, key channels] log decay, <= 0, fp32."""
-        decay = F.logsigmoid(self.gk_proj(x).float()) / GATE_NORMALIZER
+        decay = F.logsigmoid(logits.float()) / GATE_NORMALIZER
         return decay if self.config.clamp_min is None else decay.clamp_min(self.config.clamp_min)
 
     def tensor_parallel_plan(self, ranks: int) -> Plan:

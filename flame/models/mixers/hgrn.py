@@ -19,6 +19,7 @@ from flame.models.registry import System, register
 from flame.models.sharding import Plan, columns, rows, whole_per_rank
 
 BOUNDS = "lower_bounds"
+FLOOR = "lower_bound"  # of one layer
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,11 @@ class LowerBoundBackbone(Backbone):
         shares = torch.softmax(self.lower_bounds.float(), dim=0)
         return {BOUNDS: shares.cumsum(0) - shares[0]}
 
+    def carried_to(self, index: int, carried: dict[str, Tensor]) -> dict[str, Tensor]:
+        if BOUNDS not in carried or index == 0:  # layer 0 has floor 0, whose logarithm has no gradient
+            return {}
+        return {FLOOR: carried[BOUNDS][index]}
+
 
 def log_forget_gate(mixer: Mixer, logits: Tensor, ctx: Context) -> Tensor:
     """`log(b + (1 - b) sigmoid(f))` for f `[B, T, E]` and the floor b of the mixer's layer, in fp32.
@@ -73,10 +79,10 @@ def log_forget_gate(mixer: Mixer, logits: Tensor, ctx: Context) -> Tensor:
     Without a floor it is the plain log-sigmoid.
     """
     log_gate = F.logsigmoid(logits.float())
-    bounds = ctx.carried.get(BOUNDS)
-    if bounds is None or mixer.layer_idx == 0:  # layer 0 has floor 0, whose logarithm has no gradient
+    floor = ctx.carried.get(FLOOR)
+    if floor is None:
         return log_gate
-    bound = mixer.own_part(bounds[mixer.layer_idx])
+    bound = mixer.own_part(floor)
     return torch.logaddexp(bound.log(), torch.log1p(-bound) + log_gate)
 
 

@@ -12,7 +12,7 @@ from flame.kernels.delta_rule import delta_rule
 from flame.models.context import Context
 from flame.models.delta import DeltaHeadsConfig, DeltaMixer, init_decay, log_decay, write_strength
 from flame.models.mixers.base import cached, remember, split_heads
-from flame.models.modules import GatedRMSNorm, Linear
+from flame.models.modules import GatedRMSNorm, Linear, project
 from flame.models.registry import System, register
 from flame.models.sharding import Plan
 
@@ -65,13 +65,14 @@ class KimiDeltaAttention(DeltaMixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
-        q, k = (split_heads(self.project(name, x, ctx), c.num_heads) for name in ("q", "k"))
+        down = (self.f_proj[0], self.g_proj[0])  # the first halves of the low-rank maps
+        q, k, v, b, f, g = project(x, self.q_proj, self.k_proj, self.v_proj, self.b_proj, *down)
         o, state = delta_rule(
-            q,
-            k,
-            split_heads(self.project("v", x, ctx), c.value_heads),
-            write_strength(self.b_proj(x), c.allow_neg_eigval),
-            key_decay=self.key_decay(x),
+            split_heads(self.convolve("q", q, ctx), c.num_heads),
+            split_heads(self.convolve("k", k, ctx), c.num_heads),
+            split_heads(self.convolve("v", v, ctx), c.value_heads),
+            write_strength(b, c.allow_neg_eigval),
+            key_decay=self.key_decay(self.f_proj[1](f)),
             normalize=True,
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
@@ -79,12 +80,12 @@ class KimiDeltaAttention(DeltaMixer):
             shard=ctx.shard,
         )
         remember(ctx, "state", state)
-        return self.output(o, x)
+        return self.gated_output(o, self.g_proj[1](g))
 
-    def key_decay(self, x: Tensor) -> Tensor:
-        """[B, T, H, K] log decay, fp32."""
+    def key_decay(self, f: Tensor) -> Tensor:
+        """[B, T, H, K] log decay, fp32, of the gate's logits f [B, T, H * K]."""
         c = self.config
-        raw, A_log = split_heads(self.f_proj(x), c.value_heads), self.A_log[:, None]
+        raw, A_log = split_heads(f, c.value_heads), self.A_log[:, None]
         bias = self.dt_bias.view(c.value_heads, c.head_dim)
         if c.lower_bound is None:
             return log_decay(raw, A_log, bias)

@@ -22,7 +22,7 @@ from flame.models.mixers.mamba import (
     init_step_bias,
     rescaled_output_,
 )
-from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution
+from flame.models.modules import GatedRMSNorm, Linear, ShortConvolution, project_apart
 from flame.models.registry import System, register
 from flame.models.sharding import Plan, columns, packed, rows, whole_per_rank
 
@@ -119,10 +119,11 @@ class Mamba2(Mixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
-        gate, mixed, dt = self.in_proj(x).split([c.inner_size, c.conv_size, c.heads], -1)
-        mixed = self.conv1d(mixed, ctx, "conv")
         states = c.n_groups * c.state_size
-        hidden, write, read = mixed.split([c.inner_size, states, states], -1)
+        gate, hidden, narrow = project_apart(x, self.in_proj, [c.inner_size, c.inner_size, 2 * states + c.heads])
+        write_read, dt = narrow.split([2 * states, c.heads], -1)
+        hidden, write_read = self.conv1d.apart([hidden, write_read], ctx, "conv")
+        write, read = write_read.split(states, -1)
         dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*c.dt_limit)  # [B, T, H]
         hidden = split_heads(hidden, c.heads)
         y, state = linear_attention(

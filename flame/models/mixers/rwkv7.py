@@ -210,7 +210,8 @@ class RWKV7Attention(Mixer):
         """[B, T, value channels]; the first RWKV-7 layer's own values become `v_first`."""
         v = self.v_proj(x)
         first = ctx.carried.setdefault("v_first", v)
-        return v if self.layer_idx == 0 else v + (first - v) * torch.sigmoid(self.v_lora(x))
+        # Asking for the module, not the index: compiled code that had read the index would hold for one layer only.
+        return v + (first - v) * torch.sigmoid(self.v_lora(x)) if hasattr(self, "v_lora") else v
 
     def removal_key(self, k: Tensor) -> Tensor:
         """Unit vectors [B, T, H, K]. The reference's fused norm adds epsilon under the root, the other bounds the length."""

@@ -16,7 +16,7 @@ from flame.kernels.softmax_attention import softmax_attention
 from flame.models.context import Context
 from flame.models.heads import SplitWidth
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
-from flame.models.modules import Linear, RMSNorm
+from flame.models.modules import Linear, RMSNorm, project
 from flame.models.registry import System, register
 from flame.models.sharding import Plan, columns, rows, shared_per_rank, whole_per_rank
 
@@ -71,9 +71,8 @@ class Attention(Mixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
-        q = split_heads(self.q_proj(x), c.num_heads)
-        k = split_heads(self.k_proj(x), c.kv_heads)
-        v = split_heads(self.v_proj(x), c.kv_heads)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = split_heads(q, c.num_heads), split_heads(k, c.kv_heads), split_heads(v, c.kv_heads)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotary(q, ctx.positions, c.rope_theta), rotary(k, ctx.positions, c.rope_theta)
