@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flame.kernels.backend import select_backend
 from flame.kernels.mesa.chunked import chunked
-from flame.kernels.mesa.problem import Problem, check
+from flame.kernels.mesa.problem import Problem, check, supported
 from flame.kernels.mesa.reference import recurrence
 from flame.kernels.sequence import SequenceShard, refuse_states
 
@@ -68,7 +68,11 @@ def mesa(  # noqa: PLR0913 (one op)
         refuse_states("mesa", key_state, value_state, output_final_state)
         key_state, value_state = states_before(p, shard)
         p = replace(p, key_state=key_state, value_state=value_state)
-    name = select_backend(q, backend, ("chunked", "reference"))
+    name = select_backend(q, backend, ("triton", "chunked", "reference") if backend else ("chunked", "reference"))
+    if name == "triton" and supported(p):
+        from flame.kernels.mesa.triton_op import mesa_triton
+
+        return mesa_triton(p, output_final_state)
     single = q.shape[1] == 1 and cu_seqlens is None and backend is None
     o, final = recurrence(p) if name == "reference" or single else chunked(p)
     return o, final if output_final_state else None

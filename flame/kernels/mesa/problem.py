@@ -63,3 +63,11 @@ def check(p: Problem) -> None:
     for name, (x, shape) in wanted.items():
         if x is not None and list(x.shape) != shape:
             raise FlameError(f"mesa: {name} must be {shape}, got {list(x.shape)}.")
+
+
+WIDEST_KEYS = 128  # what the solver's kernel holds on chip
+
+
+def supported(p: Problem) -> bool:
+    """Whether the Triton form takes the problem; the torch form takes the others."""
+    return p.k.shape[-1] <= WIDEST_KEYS and p.compute_dtype == torch.float32
