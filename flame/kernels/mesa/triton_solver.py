@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 from flame.kernels.linear_attention.triton_scalar import item_bounds, load_rows
+from flame.kernels.mesa.triton_keys import UNIT_EPS as NORM_EPS
+from flame.kernels.mesa.triton_keys import load_unit, unit_gradient
 
 EPS = tl.constexpr(1e-5)  # `flame.kernels.mesa.solver.EPS`
 # A chunk is done when its remaining steps, were each as long as the last, would move no row by more than this part of its
@@ -53,6 +55,8 @@ def mesa_solve(
     x_ptr,  # [T, H, K] solutions
     other_ptr,  # [T, H, K] solutions of the first solve, in the second
     dridge_ptr,  # [chunks, H, K] fp32, -sum over rows of x * other
+    q_ptr,  # [T, H, K] right-hand sides of the first solve as they were given, in the second
+    dq_ptr,  # [T, H, K] their gradient
     starts_ptr,
     ends_ptr,
     tokens,
@@ -63,13 +67,16 @@ def mesa_solve(
     stride_rh,
     stride_kt,
     stride_kh,
+    stride_qt,
+    stride_qh,
     H: tl.constexpr,
     K: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
     VARLEN: tl.constexpr,
     UNIT_EPS: tl.constexpr,  # 1e-5 is meant for right-hand sides of length one
-    RIDGE_GRADIENT: tl.constexpr,
+    NORMALIZE: tl.constexpr,  # the first solve's right-hand sides are brought to length one
+    GRADIENT: tl.constexpr,  # this is the second solve
     SPLIT: tl.constexpr,
     CHECK: tl.constexpr,  # steps between two looks whether the rest can still change anything; 0 for never
 ):
@@ -104,6 +111,9 @@ def mesa_solve(
     square = tl.sum(residual * residual, 1)
     norm = tl.sqrt(square)
     residual = residual / tl.where(norm > 0, norm, 1.0)[:, None]
+    if NORMALIZE and not GRADIENT:
+        norm *= tl.rsqrt(square + NORM_EPS)
+        square /= square + NORM_EPS
     if UNIT_EPS:
         eps = tl.full([BT], EPS, tl.float32)
     else:
@@ -143,7 +153,13 @@ def mesa_solve(
     x = x * norm[:, None]
 
     at_x = (start + rows[:, None]) * (H * K) + head * K + columns[None, :]
-    tl.store(x_ptr + at_x, x.to(x_ptr.dtype.element_ty), mask=keep[:, None] & inside[None, :])
-    if RIDGE_GRADIENT:
-        other = tl.load(other_ptr + at_x, mask=keep[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    mask = keep[:, None] & inside[None, :]
+    tl.store(x_ptr + at_x, x.to(x_ptr.dtype.element_ty), mask=mask)
+    if GRADIENT:
+        other = tl.load(other_ptr + at_x, mask=mask, other=0.0).to(tl.float32)
         tl.store(dridge_ptr + slot * K + columns, -tl.sum(x * other, 0), mask=inside)
+        if NORMALIZE:
+            q_ptr += start * stride_qt + head * stride_qh
+            q, factor = load_unit(q_ptr, rows, stride_qt, columns, keep, K, NORMALIZE)
+            dq = unit_gradient(x, q, factor, NORMALIZE)
+            tl.store(dq_ptr + at_x, dq.to(dq_ptr.dtype.element_ty), mask=mask)
