@@ -22,10 +22,6 @@ from flame.kernels.mesa.triton_keys import UNIT_EPS as NORM_EPS
 from flame.kernels.mesa.triton_keys import load_unit, unit_gradient
 
 EPS = tl.constexpr(1e-5)  # `flame.kernels.mesa.solver.EPS`
-# A chunk is done when its remaining steps, were each as long as the last, would move no row by more than this part of its
-# length, squared: half a digit of fp16, and of fp32's 22 bits here.
-TOLERANCE = tl.constexpr(2.0**-26)
-TOLERANCE_SPLIT = tl.constexpr(2.0**-44)
 
 
 @triton.jit
@@ -78,7 +74,8 @@ def mesa_solve(
     NORMALIZE: tl.constexpr,  # the first solve's right-hand sides are brought to length one
     GRADIENT: tl.constexpr,  # this is the second solve
     SPLIT: tl.constexpr,
-    CHECK: tl.constexpr,  # steps between two looks whether the rest can still change anything; 0 for never
+    CHECK: tl.constexpr,  # steps between two looks whether the rest still matters; 0 for never
+    TOLERANCE: tl.constexpr,  # it does where steps like the last would move x by more than this part of its length
 ):
     item = tl.program_id(0) // H
     head = tl.program_id(0) % H
@@ -145,7 +142,7 @@ def mesa_solve(
             x_square += rate * (2 * x_p + rate * p_square)
             if left % CHECK == 0:
                 reach = left.to(tl.float32) * rate
-                moving = reach * reach * p_square > (TOLERANCE_SPLIT if SPLIT else TOLERANCE) * x_square
+                moving = reach * reach * p_square > TOLERANCE * TOLERANCE * x_square
                 if tl.max(moving.to(tl.int32), 0) == 0:
                     left = tl.full([], 0, tl.int32)
             x_p = turn * (x_p + rate * p_square)
