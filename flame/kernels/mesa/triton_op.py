@@ -94,7 +94,7 @@ def backward(
     del systems, dx
     # The cotangent is -dq: the sign goes into the scale. The states are symmetric but their gradients are not, and linear
     # attention reads S^T x where the systems are H x.
-    values, scale = keys.values(), -1.0
+    values, scale = keys.into_values(), -1.0
     opening = opening_states(keys.write, values, log_decay, key_state, cu_seqlens)
     dkeys = None if dkeys is None else dkeys.mT
     _, dwrite_keys, dunit, ddecay_keys, _, dkey_state = linear.backward(

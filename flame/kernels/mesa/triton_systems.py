@@ -56,9 +56,10 @@ class Keys:
         rows = {"rows": self.beta.numel(), "stride_t": self.k.stride(1), "stride_h": self.k.stride(2)}
         return {**rows, "H": H, "K": K, "BK": power_of_2(K), "BR": 16, "NORMALIZE": self.normalize, "num_warps": 4}
 
-    def values(self) -> Tensor:
-        """The keys in the values' dtype."""
-        return self.unit.to(self.dtype)
+    def into_values(self) -> Tensor:
+        """The keys in the values' dtype, in the place of `unit`: for when all systems are solved."""
+        self.unit = self.unit.to(self.dtype)
+        return self.unit
 
     def gradient(self, dunit: Tensor, *dwrites: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of k and beta from those of `unit` and, in two parts, of `write`."""
@@ -106,11 +107,14 @@ class Systems:
     def solve_gradient(
         self, dx: Tensor, x: Tensor, q: Tensor, regularizer: Tensor, steps: int, normalize: bool, unit_eps: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq of the right-hand sides that were solved for and of q as it was given, and the regularizer's gradient."""
+        """dq of the right-hand sides that were solved for and of q as it was given, and the regularizer's gradient.
+
+        The former may overwrite dx: a program reads its rows before it writes them.
+        """
         layout, q, x = self.layout, as_rows(q), as_rows(x)
-        dq_unit = self._rows(dx.dtype)
-        dq = self._rows(q.dtype) if normalize else dq_unit
         packed = layout.items.starts is not None
+        dq_unit = dx if dx.is_contiguous() and not packed else self._rows(dx.dtype)
+        dq = self._rows(q.dtype) if normalize else dq_unit
         new = torch.zeros if packed else torch.empty  # items may hold no row
         dridge = new(layout.items.count, layout.heads, layout.K, dtype=torch.float32, device=q.device)
         flags = {"NORMALIZE": normalize, "GRADIENT": True, "UNIT_EPS": unit_eps}
