@@ -76,7 +76,7 @@ def mesa(  # noqa: PLR0913 (one op)
         p = unit_rows(p)
         key_state, value_state = states_before(p, shard)
         p = replace(p, key_state=key_state, value_state=value_state)
-    name = select_backend(q, backend, ("triton", "chunked", "reference") if backend else ("chunked", "reference"))
+    name = select_backend(q, backend, ("triton", "chunked", "reference"))
     if name == "triton" and supported(p):
         from flame.kernels.mesa.triton_op import mesa_triton
 
