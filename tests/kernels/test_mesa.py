@@ -32,7 +32,7 @@ def make_inputs(B=2, T=75, H=2, K=8, V=6, seed=0, states=None):
 def gradients(inputs, **options):
     o, final = mesa(**inputs, output_final_state=True, **options)
     rng = torch.Generator().manual_seed(9)
-    loss = sum((x * torch.randn(x.shape, generator=rng, dtype=x.dtype)).sum() for x in (o, *final))
+    loss = sum((x * torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x)).sum() for x in (o, *final))
     return [o, *final, *torch.autograd.grad(loss, list(inputs.values()))]
 
 

@@ -83,14 +83,14 @@ def packed_items(tokens: int, programs: int, bounds: Tensor, multiprocessors: in
     segment = max(2 * ANCHOR, power_of_2(max(1, tokens * programs // wanted)))
     if documents * programs < 0.75 * wanted or tokens > 16 * segment:
         if segment < tokens:
-            starts, ends, first = _segment_bounds(bounds, segment, tokens // segment + documents)
+            starts, ends, first = segment_bounds(bounds, segment, tokens // segment + documents)
     else:
         segment = tokens
     segment = min(segment, tokens)
     return Items(starts.numel(), segment, 1, starts, ends, first)
 
 
-def _segment_bounds(bounds: Tensor, segment: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def segment_bounds(bounds: Tensor, segment: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bounds of `count` items (surplus ones empty) and the first item of each document, on the device."""
     lengths = bounds[1:] - bounds[:-1]
     per_document = (lengths + segment - 1) // segment

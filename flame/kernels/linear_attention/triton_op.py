@@ -84,7 +84,7 @@ def forward(q, k, v, decay, bonus, initial_state, cu_seqlens, kind, scale, outpu
     return o, final, q.new_empty(0, dtype=torch.float32) if opening is None else opening
 
 
-def _fake_forward(q, k, v, decay, bonus, initial_state, cu_seqlens, kind, scale, output_final_state):
+def fake_forward(q, k, v, decay, bonus, initial_state, cu_seqlens, kind, scale, output_final_state):
     layout = make_layout(q, k, v, decay, cu_seqlens, kind, scale)
     states = (layout.heads, layout.K, layout.V)
     o = v.new_empty(layout.batch, layout.tokens, layout.heads, layout.V)
@@ -166,7 +166,7 @@ def _backward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) 
 
 _library = torch.library.Library("flame", "FRAGMENT")
 for _name, _run, _fake in (
-    ("linear_attention_forward", forward, _fake_forward),
+    ("linear_attention_forward", forward, fake_forward),
     ("linear_attention_backward", backward, _fake_backward),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flame.kernels.backend import select_backend
 from flame.kernels.mesa.chunked import chunked
-from flame.kernels.mesa.problem import Problem, check
+from flame.kernels.mesa.problem import Problem, check, supported, unit_rows
 from flame.kernels.mesa.reference import recurrence
 from flame.kernels.sequence import SequenceShard, refuse_states
 
@@ -29,6 +29,7 @@ def mesa(  # noqa: PLR0913 (one op)
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     scale_gradient: bool = True,
+    normalize: bool = False,
     backend: str | None = None,
     shard: SequenceShard | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -50,7 +51,11 @@ def mesa(  # noqa: PLR0913 (one op)
         cu_seqlens: [N + 1] int32 bounds of the documents packed into the one row of B = 1.
         scale_gradient: solve for gradients brought to length one, so that their size does not matter. False is the
             reference's way, where those of a loss averaged over many tokens all but vanish beside the 1e-5.
-        backend: 'chunked' or 'reference'; None chooses by device (see `select_backend`).
+        normalize: bring q and k to unit length first, as `l2_norm` does. On the fast path this happens inside the kernels,
+            which then keep no copy of the unit vectors.
+        backend: 'triton', 'chunked' or 'reference'; None chooses by device (see `select_backend`). The kernels take
+            K <= 128 and V <= 256; other sizes and fp64 get the chunked form. They stop a chunk's iteration early once its
+            remaining steps can change no row beyond rounding.
         shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
             cu_seqlens being the bounds in this part. Excludes states.
 
@@ -60,15 +65,23 @@ def mesa(  # noqa: PLR0913 (one op)
     Raises:
         FlameError: shapes that do not fit, or steps < 1.
     """
-    p = Problem(q, k, v, log_decay, beta, regularizer, steps, key_state, value_state, cu_seqlens, scale_gradient)
+    p = Problem(
+        q, k, v, log_decay, beta, regularizer, steps, key_state, value_state, cu_seqlens, scale_gradient, normalize
+    )
     check(p)
     if shard is not None:
         from flame.kernels.mesa.sharded import states_before
 
         refuse_states("mesa", key_state, value_state, output_final_state)
+        p = unit_rows(p)
         key_state, value_state = states_before(p, shard)
         p = replace(p, key_state=key_state, value_state=value_state)
-    name = select_backend(q, backend, ("chunked", "reference"))
+    name = select_backend(q, backend, ("triton", "chunked", "reference"))
+    if name == "triton" and supported(p):
+        from flame.kernels.mesa.triton_op import mesa_triton
+
+        return mesa_triton(p, output_final_state)
+    p = unit_rows(p)
     single = q.shape[1] == 1 and cu_seqlens is None and backend is None
     o, final = recurrence(p) if name == "reference" or single else chunked(p)
     return o, final if output_final_state else None

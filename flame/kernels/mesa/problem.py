@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flame.errors import FlameError
+from flame.kernels.linear_attention.triton_wide import parts
+from flame.kernels.normalization import l2_norm
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Problem:
     value_state: Tensor | None
     cu_seqlens: Tensor | None
     scale_gradient: bool = True
+    normalize: bool = False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -63,3 +66,20 @@ def check(p: Problem) -> None:
     for name, (x, shape) in wanted.items():
         if x is not None and list(x.shape) != shape:
             raise FlameError(f"mesa: {name} must be {shape}, got {list(x.shape)}.")
+
+
+def unit_rows(p: Problem) -> Problem:
+    """The same problem with q and k of unit length, if it asks for that."""
+    if not p.normalize:
+        return p
+    # In the compute dtype: the solver amplifies their rounding.
+    q, k = (l2_norm(x.to(p.compute_dtype)) for x in (p.q, p.k))
+    return replace(p, q=q, k=k, normalize=False)
+
+
+WIDEST_KEYS = 128  # what the solver's kernel holds on chip
+
+
+def supported(p: Problem) -> bool:
+    """Whether the Triton form takes the problem; the torch form takes the others."""
+    return p.k.shape[-1] <= WIDEST_KEYS and parts(p.v.shape[-1]) == 1 and p.compute_dtype == torch.float32

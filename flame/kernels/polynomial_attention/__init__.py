@@ -63,7 +63,14 @@ def polynomial_attention(  # noqa: PLR0913
         refuse_states("polynomial_attention", initial_state, output_final_state)
         state = state_before(k, v, coefficients, cu_seqlens, shard)
         return polynomial_attention_chunked(q, k, v, coefficients, eps, state, cu_seqlens)[0], None
-    if select_backend(q, backend, ("chunked", "reference")) == "reference" and initial_state is None:
+    names = ("triton", "chunked", "reference") if backend else ("chunked", "reference")
+    name = select_backend(q, backend, names)
+    if name == "triton" and initial_state is None and not output_final_state:
+        from flame.kernels.polynomial_attention.triton_op import polynomial_triton, supported
+
+        if supported(q, v):
+            return polynomial_triton(q, k, v, coefficients, eps, cu_seqlens), None
+    if name == "reference" and initial_state is None:
         o, final = polynomial_attention_reference(q, k, v, coefficients, eps, cu_seqlens), None
         if not output_final_state:
             return o, final

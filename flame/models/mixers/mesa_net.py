@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.mesa import mesa
-from flame.kernels.normalization import l2_norm
 from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.delta import DeltaMixer
@@ -80,12 +79,10 @@ class MesaNet(DeltaMixer):
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         c = self.config
         q, k = self.q_conv1d(self.q_proj(x), ctx, "q_conv"), self.k_conv1d(self.k_proj(x), ctx, "k_conv")
-        # Unit vectors stay in fp32: the solver amplifies their rounding.
-        q, k = (l2_norm(split_heads(y, c.num_heads).float()) for y in (q, k))
         decoding = ctx.cache is not None and x.shape[1] == 1
         o, states = mesa(
-            q,
-            k,
+            split_heads(q, c.num_heads),
+            split_heads(k, c.num_heads),
             split_heads(self.v_proj(x), c.num_heads),
             F.logsigmoid(self.a_proj(x).float()),
             self.b_proj(x).float().sigmoid(),
@@ -96,6 +93,7 @@ class MesaNet(DeltaMixer):
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
             scale_gradient=c.scale_solver_gradient,
+            normalize=True,
             shard=ctx.shard,
         )
         if states is not None:
