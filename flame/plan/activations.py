@@ -28,11 +28,13 @@ class BlockActivations:
         stream: the block's input, all that `full` checkpointing keeps.
         kept: without checkpointing.
         kept_by_op: with selective checkpointing by operation.
+        gradients: of the three widest tensors, in a gated MLP those around its product, which its backward holds at once.
     """
 
     stream: float
     kept: float
     kept_by_op: float
+    gradients: float
 
 
 class Exchanges(TorchDispatchMode):
@@ -99,7 +101,8 @@ def block_activations(block: nn.Module, x: Tensor, ctx: Context, tokens: int | N
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors) / count
 
     stream = size([x])
-    return BlockActivations(stream, size(seen.values()), stream + size(by_op.values()))
+    widest = sorted(seen.values(), key=lambda tensor: tensor.untyped_storage().nbytes())[-3:]
+    return BlockActivations(stream, size(seen.values()), stream + size(by_op.values()), size(widest))
 
 
 def tensors_in(values: Iterable[Any]) -> list[Tensor]:

@@ -139,11 +139,11 @@ def accumulated_bytes(part: StageModel, job: JobConfig, count: int) -> int:
 
 
 def backward_bytes(stage: LocalStage, job: JobConfig, tokens: float) -> int:
-    """The largest block in its backward: activations computed again, its gradients as computed and as reduced."""
-    training = job.training
-    again = 0.0
+    """The largest block in its backward: activations computed again and their gradients, and those of its weights as
+    computed and as reduced."""
+    training, again = job.training, 0.0
     if job.activation_checkpoint.mode != "none":
-        again = max(block.kept - block.stream for block in stage.blocks)
+        again = max(block.kept - block.stream + block.gradients for block in stage.blocks)
     largest = max(held(block.parameters()) for block in stage.part.blocks)
     unreduced = BYTES[training.mixed_precision_param] + BYTES[training.mixed_precision_reduce]
     return math.ceil(again * tokens) + unreduced * largest
