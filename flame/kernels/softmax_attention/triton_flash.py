@@ -12,16 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 from flame.kernels import tiles
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv, power_of_2
-from flame.kernels.softmax_attention.pruning import (
-    boundaries,
-    first_keys,
-    gate_gradient,
-    last_rows,
-    running_sums,
-    threshold,
-)
+from flame.kernels.softmax_attention.gates import boundaries, gate_gradient, running_sums
 from flame.kernels.softmax_attention.triton_backward import attention_dkv, attention_dq
 from flame.kernels.softmax_attention.triton_forward import attention_forward
+from flame.kernels.softmax_attention.triton_pruning import first_keys, last_rows, threshold
 
 LOG2E = math.log2(math.e)
 EXACT = (32, 32, 4, 1)
@@ -88,7 +82,7 @@ def _forward(
     o, lse = q.new_empty(B, Tq, H, v.shape[3]), q.new_empty(B, H, Tq, dtype=torch.float32)
     sums = q.new_empty(0, dtype=torch.float32) if log_forget is None else running_sums(log_forget)
     prune = log_forget is not None and share > 0
-    bound = threshold(q, k, scale, share) if prune else q.new_empty(0, dtype=torch.float64)
+    bound = threshold(q, k, scale, share) if prune else q.new_empty(0, dtype=torch.float32)
     start = first_keys(sums, bound, Tq, tile["BM"], tile["BN"]) if prune else None
     begin = None if cu_seqlens is None else boundaries(cu_seqlens, Tk)[0]
     count = cdiv(Tq, tile["BM"])
@@ -113,7 +107,7 @@ def _(q, k, v, log_forget, sink, cu_seqlens, scale, window, share):
         q.new_empty(B, Tq, H, v.shape[3]),
         q.new_empty(B, H, Tq, dtype=torch.float32),
         q.new_empty((2, B, H, Tk) if gated else (0,), dtype=torch.float32),
-        q.new_empty((B, H) if gated and share > 0 else (0,), dtype=torch.float64),
+        q.new_empty((B, H) if gated and share > 0 else (0,), dtype=torch.float32),
     )
 
 
@@ -149,8 +143,8 @@ def _gradients(
     flags |= sizes(q, k, v)
     count = cdiv(Tq, rows["BM"])
     attention_dq[(count * B * H,)](
-        q, k, v, o, do, lse, None, delta, dq, row_total, sums, begin, start,
-        *strides, Tq, Tk, count, *numbers, DLSE=False, **flags, **rows,
+        q, k, v, o, do, lse, delta, dq, row_total, sums, begin, start,
+        *strides, Tq, Tk, count, *numbers, **flags, **rows,
     )  # fmt: skip
     count = cdiv(Tk, keys["BN"])
     attention_dkv[(count * B * Hk,)](
@@ -194,10 +188,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 9
-    sink = ctx.saved_tensors[3]
-    dq, dk, dv, dforget, dsink = attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.window)
+    saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
+    dq, dk, dv, dforget, dsink = attention_backward(do, *saved, ctx.scale, ctx.window)
     dforget = None if ctx.gate_dtype is None else dforget.to(ctx.gate_dtype)
-    return dq, dk, dv, dforget, None if sink is None else dsink, None, None, None, None
+    return dq, dk, dv, dforget, None if saved[3] is None else dsink, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save)
