@@ -70,9 +70,11 @@ def graphed(job: JobConfig, config: ModelConfig) -> tuple[Step, nn.Module]:
 
 def reference(job: JobConfig, config: ModelConfig, compiled: bool) -> tuple[Step, nn.Module]:
     """The same system from flash-linear-attention, with its own defaults."""
-    import fla  # noqa: F401  registers its models with transformers
+    import fla.models  # noqa: F401  registers its models with transformers
+    from fla.ops.common import chunk_o
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    chunk_o.TRITON_ABOVE_3_7_1 = True  # else it refuses to run; its gradients may be wrong, its time is what it is
     known = AutoConfig.for_model(config.model_type).to_dict()
     values = {key: value for key, value in config.to_dict().items() if key in known and key != "model_type"}
     with torch.device("cuda"):

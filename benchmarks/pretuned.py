@@ -36,16 +36,22 @@ def compile_share(index: int, count: int, record: Path) -> None:
 
 
 def tune_recorded(record: Path, warmup: int = 2, rep: int = 8) -> None:
-    """From now on autotuners time what `record` names, `rep` ms each; a kernel that it does not know is tuned whole."""
+    """From now on autotuners time what `record` names, `rep` ms each; of a kernel that it does not know, they take the first
+    configuration and say so."""
     import triton
     from triton.runtime.autotuner import Autotuner
 
     known = set(record.read_text().splitlines()) if record.exists() else set()
     kernels = {line.split("|")[0] for line in known}
+    untuned: set[str] = set()
 
     def bench(self: Any, *args: Any, config: Any, **meta: Any) -> list[float]:
         name = name_of(self, config)
-        if name.split("|")[0] in kernels and name not in known:
+        kernel = name.split("|")[0]
+        if known and kernel not in kernels and kernel not in untuned:
+            untuned.add(kernel)
+            print(f"not tuned, its first configuration is used: {kernel}", flush=True)
+        if known and name not in known:
             return [float("inf")] * 3
         return original(self, *args, config=config, **meta)
 

@@ -172,7 +172,8 @@ def describe_step(step: Step, batch: PackedBatch) -> str:
         reached = max(reached, end)
     whole = spans[-1][1] - spans[0][0]
     table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
-    return f"step {whole / 1000:.2f} ms, GPU busy {busy / whole:.1%}, {len(spans)} kernels\n\n{table}\n"
+    host = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=90)
+    return f"step {whole / 1000:.2f} ms, GPU busy {busy / whole:.1%}, {len(spans)} kernels\n\n{table}\n\n{host}\n"
 
 
 def first_steps(path: str, shape: str, loop: str, args: argparse.Namespace) -> dict[str, object]:
