@@ -41,6 +41,10 @@ def test_sizes_that_are_no_powers_of_two_are_masked():
     check(make_inputs(B=1, T=40, H=1, K=24, V=40))
 
 
+def test_states_pass_through_many_chunks():
+    check(make_inputs(B=1, T=10 * 64 + 5, H=1, K=16, V=16))
+
+
 def test_few_steps_are_taken_as_defined():
     check(make_inputs(B=1, T=40, H=1, K=16, V=16), steps=3)
 

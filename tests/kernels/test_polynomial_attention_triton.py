@@ -15,13 +15,13 @@ SCORES = {"based": (1.0, 1.0, 0.5), "rebased": (0.0, 0.0, 1.0)}
 SMALL = {"BT": 16, "BS": 16, "num_warps": 4, "num_stages": 1}
 
 
-def check(kind, T=150, B=1, H=1, d=16, V=16, dtype=torch.float32, tolerance=2e-5, block=64, bounds=None):
+def check(kind, T=150, B=1, H=1, d=16, V=16, dtype=torch.float32, tolerance=2e-5, block=64, bounds=None, eps=0.1):
     g = torch.Generator().manual_seed(0)
     shapes = [(B, T, H, d), (B, T, H, d), (B, T, H, V)]
     rounded = [torch.randn(*shape, generator=g).to(dtype) for shape in shapes]
     cotangent = torch.randn(B, T, H, V, generator=g).to(dtype)
     # A larger eps keeps ReBased's first rows, which divide by one squared score, well conditioned.
-    options = {"coefficients": SCORES[kind], "eps": 0.1}
+    options = {"coefficients": SCORES[kind], "eps": eps}
     if bounds is not None:
         options["cu_seqlens"] = torch.tensor(bounds).int()
         cotangent[:, bounds[-1] :] = 0
@@ -67,6 +67,10 @@ def test_fewer_channels_than_a_part_of_features():
 
 def test_bf16_stays_within_rounding():
     check("based", dtype=torch.bfloat16, tolerance=1e-2)
+
+
+def test_gradients_of_small_denominators_survive_bf16():
+    check("rebased", dtype=torch.bfloat16, tolerance=1e-2, eps=1e-5)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65])

@@ -159,7 +159,7 @@ def solve_tile(K: int, dtype: torch.dtype, device: torch.device) -> tiles.Tile:
     return tiles.choose("mesa", tiles.key("solve", K=K, dtype=dtype), DEFAULT_TILE, device)
 
 
-DEFAULT_TILE = {"CHECK": 1, "num_warps": 4, "num_stages": 1}
+DEFAULT_TILE = {"CHECK": 2, "num_warps": 4, "num_stages": 1}
 
 
 def _chunks(batch: int, tokens: int, cu_seqlens: Tensor | None) -> Items:

@@ -19,11 +19,23 @@ SIZE = tl.constexpr(320)  # features with padding: 4 parts of pairs, one of the 
 
 
 @triton.jit
-def row_products(o_ptr, do_ptr, delta_ptr, rows, V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr):
+def row_products(
+    o_ptr,
+    rest_ptr,  # what rounding took from o, if REST
+    do_ptr,
+    delta_ptr,
+    rows,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+    REST: tl.constexpr,
+):
     """delta [T * H] = sum over V of o * do."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     columns = tl.arange(0, BV)
     o = load_rows(o_ptr, row, V, columns, row < rows, V, BV).to(tl.float32)
+    if REST:
+        o += load_rows(rest_ptr, row, V, columns, row < rows, V, BV).to(tl.float32)
     do = load_rows(do_ptr, row, V, columns, row < rows, V, BV).to(tl.float32)
     tl.store(delta_ptr + row, tl.sum(o * do, 1), mask=row < rows)
 
@@ -174,6 +186,7 @@ def block_forward(
     k_ptr,
     v_ptr,
     o_ptr,  # [T, H, V]
+    rest_ptr,  # [T, H, V] what rounding takes from o, if REST
     denominator_ptr,  # [T, H] fp32, eps included
     state_ptr,  # sums over the blocks before
     starts_ptr,
@@ -200,6 +213,7 @@ def block_forward(
     BS: tl.constexpr,
     VARLEN: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    REST: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -239,8 +253,13 @@ def block_forward(
     z += eps
     at = (start + rows) * H + head
     tl.store(denominator_ptr + at, z, mask=keep)
-    at_o = o_ptr + at[:, None] * V + columns[None, :]
-    tl.store(at_o, (y / z[:, None]).to(o_ptr.dtype.element_ty), mask=keep[:, None] & (columns < V)[None, :])
+    y = y / z[:, None]
+    o = y.to(o_ptr.dtype.element_ty)
+    at_o = at[:, None] * V + columns[None, :]
+    tl.store(o_ptr + at_o, o, mask=keep[:, None] & (columns < V)[None, :])
+    if REST:
+        rest = (y - o.to(tl.float32)).to(rest_ptr.dtype.element_ty)
+        tl.store(rest_ptr + at_o, rest, mask=keep[:, None] & (columns < V)[None, :])
 
 
 @triton.jit

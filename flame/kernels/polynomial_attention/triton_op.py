@@ -36,8 +36,10 @@ WIDEST_VALUES = 128
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens"
 _SCORE = "float c0, float c1, float c2, float eps"
 _SCHEMAS = {
-    "polynomial_forward": f"({_TENSORS}, {_SCORE}) -> (Tensor, Tensor)",
-    "polynomial_backward": f"({_TENSORS}, Tensor o, Tensor denominator, Tensor do, {_SCORE}) -> (Tensor, Tensor, Tensor)",
+    "polynomial_forward": f"({_TENSORS}, {_SCORE}) -> (Tensor, Tensor, Tensor)",
+    "polynomial_backward": (
+        f"({_TENSORS}, Tensor o, Tensor rest, Tensor denominator, Tensor do, {_SCORE}) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 DEFAULT_TILES = {
     "sums": {"BT": 64, "num_warps": 4, "num_stages": 2},
@@ -160,16 +162,25 @@ def _blocks(batch: int, tokens: int, rows: int, cu_seqlens: Tensor | None) -> It
     return Items(starts.numel(), min(rows, tokens), 1, starts, ends, first)
 
 
-def forward(q, k, v, cu_seqlens, c0, c1, c2, eps) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V], and the denominators with eps [B, T, H] fp32."""
+def _keeps_rest(v: Tensor, c0: float) -> bool:
+    """Whether the backward needs o better than its dtype: without a constant in the scores, denominators may be near 0, and
+    gradients divide the difference of values and o by them."""
+    return c0 == 0 and v.dtype != torch.float32
+
+
+def forward(q, k, v, cu_seqlens, c0, c1, c2, eps) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, T, H, V], what rounding took from it (or nothing), and the denominators with eps [B, T, H] fp32."""
     call = Call.make(q, k, v, cu_seqlens)
     new = torch.empty if cu_seqlens is None else torch.zeros  # tokens outside every document
     o = new(v.shape, dtype=v.dtype, device=v.device)
     denominator = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
+    rest = torch.empty_like(o) if _keeps_rest(v, c0) else v.new_empty(0)
     state = call.states(call.k, call.v) if call.has_state else denominator
     tile = call.tile("forward")
     block_forward[call.grid(tile)](
         o_ptr=o,
+        rest_ptr=rest,
+        REST=_keeps_rest(v, c0),
         denominator_ptr=denominator,
         state_ptr=state,
         **call.tensors,
@@ -181,18 +192,21 @@ def forward(q, k, v, cu_seqlens, c0, c1, c2, eps) -> tuple[Tensor, Tensor]:
         **call.settings,
         **tile,
     )
-    return o, denominator
+    return o, rest, denominator
 
 
 def _fake_forward(q, k, v, cu_seqlens, c0, c1, c2, eps):
-    return v.new_empty(v.shape), v.new_empty(v.shape[:3], dtype=torch.float32)
+    rest = v.new_empty(v.shape if _keeps_rest(v, c0) else 0)
+    return v.new_empty(v.shape), rest, v.new_empty(v.shape[:3], dtype=torch.float32)
 
 
-def backward(q, k, v, cu_seqlens, o, denominator, do, c0, c1, c2, eps) -> tuple[Tensor, Tensor, Tensor]:
+def backward(q, k, v, cu_seqlens, o, rest, denominator, do, c0, c1, c2, eps) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.make(q, k, v, cu_seqlens)
     do, delta = do.to(v.dtype).contiguous(), torch.empty_like(denominator)
     V, rows = call.layout.V, delta.numel()
-    row_products[(ceil_div(rows, 32),)](o, do, delta, rows, V=V, BV=power_of_2(V), BR=32, num_warps=4)
+    row_products[(ceil_div(rows, 32),)](
+        o, rest, do, delta, rows, V=V, BV=power_of_2(V), BR=32, REST=rest.numel() > 0, num_warps=4
+    )
     new = torch.empty if cu_seqlens is None else torch.zeros
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     gradient = {"do_ptr": do, "denominator_ptr": denominator, "delta_ptr": delta}
@@ -207,7 +221,7 @@ def backward(q, k, v, cu_seqlens, o, denominator, do, c0, c1, c2, eps) -> tuple[
     return dq, dk, dv
 
 
-def _fake_backward(q, k, v, cu_seqlens, o, denominator, do, c0, c1, c2, eps):
+def _fake_backward(q, k, v, cu_seqlens, o, rest, denominator, do, c0, c1, c2, eps):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -216,8 +230,8 @@ class _Polynomial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, *score):
-        o, denominator = torch.ops.flame.polynomial_forward(q, k, v, cu_seqlens, *score)
-        ctx.save_for_backward(q, k, v, cu_seqlens, o, denominator)
+        o, rest, denominator = torch.ops.flame.polynomial_forward(q, k, v, cu_seqlens, *score)
+        ctx.save_for_backward(q, k, v, cu_seqlens, o, rest, denominator)
         ctx.score = score
         return o
 
