@@ -6,10 +6,13 @@ pytest.importorskip("triton")
 
 from tests.kernels import interpreter  # noqa: F401  isort: skip
 
+import math
+
 import torch
 
 from flame.kernels.forgetting_attention import forgetting_attention
-from flame.kernels.softmax_attention import pruning, softmax_attention
+from flame.kernels.softmax_attention import softmax_attention, triton_pruning
+from flame.kernels.softmax_attention.gates import running_sums
 
 TOLERANCE = 1e-5
 
@@ -61,14 +64,30 @@ def test_packed_documents_never_meet():
 def test_strong_forgetting_leaves_out_tiles_within_the_bound():
     call = inputs(200, strength=3.0)
     check(call)
-    sums = pruning.running_sums(call["log_forget"])
-    bound = pruning.threshold(call["q"], call["k"], 0.25, 2.0**-20)
-    first, last = (f(sums, bound, 200, 32, 32) for f in (pruning.first_keys, pruning.last_rows))
+    sums = running_sums(call["log_forget"])
+    bound = triton_pruning.threshold(call["q"], call["k"], 0.25, 2.0**-20)
+    first, last = (f(sums, bound, 200, 32, 32) for f in (triton_pruning.first_keys, triton_pruning.last_rows))
     assert first[0, 0].tolist()[-1] > 0
     assert last[0, 0].tolist()[0] < 200
     tiles = torch.arange(7) * 32
     needed = first[..., :, None] <= tiles  # [B, H, query tile, key tile]
     assert torch.equal(needed.tril(), (tiles[:, None] < last[..., None, :]).tril())
+
+
+def test_bounds_of_pruning_equal_their_definition():
+    g = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(2, tokens, heads, 24, generator=g) for tokens, heads in ((150, 4), (1100, 2)))
+    sums = running_sums(-torch.rand(2, 1100, 4, generator=g) * 2)
+    bound = triton_pruning.threshold(q, k, -0.2, 2.0**-20)
+    reach = q.norm(dim=-1).amax(1) * k.norm(dim=-1).amax(1).repeat_interleave(2, 1) * 0.2
+    torch.testing.assert_close(bound, -2 * reach / math.log(2) - 20 - math.log2(1100))
+    total = (sums[0].double() + sums[1].double()).unsqueeze(-1)
+    firsts, lasts = total[:, :, 950::64], total[:, :, 31::32].transpose(2, 3)
+    lasts = torch.cat([lasts, total[:, :, -1:].transpose(2, 3)], 3)  # the last tile of keys is short
+    for limit in (bound, torch.full_like(bound, -1.0), torch.full_like(bound, -1e6)):
+        seen = firsts - lasts >= limit[..., None, None].double()  # [B, H, tiles of queries, tiles of keys]
+        assert torch.equal(triton_pruning.first_keys(sums, limit, 150, 64, 32), (~seen).sum(3).int() * 32)
+        assert torch.equal(triton_pruning.last_rows(sums, limit, 150, 64, 32), seen.sum(2).int() * 64)
 
 
 def test_pruned_weight_is_below_its_share():
@@ -81,7 +100,7 @@ def test_pruned_weight_is_below_its_share():
 
 def test_long_sums_keep_their_differences():
     forget = -torch.rand(1, 20000, 1, generator=torch.Generator().manual_seed(0)) * 50
-    high, low = pruning.running_sums(forget)[:, 0, 0]
+    high, low = running_sums(forget)[:, 0, 0]
     got = (high[-100:] - high[-50]) + (low[-100:] - low[-50])
     exact = (forget.double().cumsum(1) / torch.log(torch.tensor(2.0, dtype=torch.float64)))[0, :, 0]
     torch.testing.assert_close(got.double(), exact[-100:] - exact[-50], rtol=1e-6, atol=1e-6)

@@ -12,16 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 from flame.kernels import tiles
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv, power_of_2
-from flame.kernels.softmax_attention.pruning import (
-    boundaries,
-    first_keys,
-    gate_gradient,
-    last_rows,
-    running_sums,
-    threshold,
-)
+from flame.kernels.softmax_attention.gates import boundaries, gate_gradient, running_sums
 from flame.kernels.softmax_attention.triton_backward import attention_dkv, attention_dq
 from flame.kernels.softmax_attention.triton_forward import attention_forward
+from flame.kernels.softmax_attention.triton_pruning import first_keys, last_rows, threshold
 
 LOG2E = math.log2(math.e)
 EXACT = (32, 32, 4, 1)
@@ -88,7 +82,7 @@ def _forward(
     o, lse = q.new_empty(B, Tq, H, v.shape[3]), q.new_empty(B, H, Tq, dtype=torch.float32)
     sums = q.new_empty(0, dtype=torch.float32) if log_forget is None else running_sums(log_forget)
     prune = log_forget is not None and share > 0
-    bound = threshold(q, k, scale, share) if prune else q.new_empty(0, dtype=torch.float64)
+    bound = threshold(q, k, scale, share) if prune else q.new_empty(0, dtype=torch.float32)
     start = first_keys(sums, bound, Tq, tile["BM"], tile["BN"]) if prune else None
     begin = None if cu_seqlens is None else boundaries(cu_seqlens, Tk)[0]
     count = cdiv(Tq, tile["BM"])
@@ -113,7 +107,7 @@ def _(q, k, v, log_forget, sink, cu_seqlens, scale, window, share):
         q.new_empty(B, Tq, H, v.shape[3]),
         q.new_empty(B, H, Tq, dtype=torch.float32),
         q.new_empty((2, B, H, Tk) if gated else (0,), dtype=torch.float32),
-        q.new_empty((B, H) if gated and share > 0 else (0,), dtype=torch.float64),
+        q.new_empty((B, H) if gated and share > 0 else (0,), dtype=torch.float32),
     )
 
 
