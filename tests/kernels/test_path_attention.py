@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from flame.errors import FlameError
 from flame.kernels.path_attention import chunked, path_attention, transport_keys, tree
-from flame.kernels.path_attention.problem import Problem
+from flame.kernels.path_attention.triton_op import path_tree
 
 
 def inputs(tokens, batch=2, heads=4, kv_heads=2, K=8, V=6, gate=True, dtype=torch.float64):
@@ -54,7 +54,7 @@ def test_tree_of_blocks_equals_the_definition(tokens, gate, packed, monkeypatch)
     call = inputs(tokens, gate=gate, batch=1 if packed else 2)
     bounds = torch.tensor([0, 2, 2, tokens // 2, tokens], dtype=torch.int32) if packed else None
     expected = outputs(call, "reference", cu_seqlens=bounds)
-    o = tree.path_attention(Problem(**{"log_forget": None, **call}, scale=8**-0.5, cu_seqlens=bounds), tree.plain_part)
+    o, _ = path_tree(*call.values(), *([] if gate else [None]), bounds, 8**-0.5, False)
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = {"o": o, **dict(zip(call, torch.autograd.grad((o * weight).sum(), list(call.values()))))}
     for name, value in expected.items():

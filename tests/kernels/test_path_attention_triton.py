@@ -1,4 +1,4 @@
-"""PaTH's parts in Triton, run by its interpreter, equal plain attention; the tree built of them equals the definition."""
+"""PaTH's kernels, run by Triton's interpreter, equal plain parts; the tree built of them equals the definition."""
 
 import pytest
 
@@ -9,45 +9,70 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 import torch
 
 from flame.kernels.path_attention import path_attention, tree
-from flame.kernels.path_attention.triton_parts import part_attention
+from flame.kernels.path_attention.parts import PlainParts
+from flame.kernels.path_attention.triton_parts import TritonParts
 from tests.kernels.test_path_attention import inputs
+
+
+def close(got, want, tolerance=1e-5):
+    for x, y in zip(got, want):
+        assert (x is None) == (y is None)
+        assert y is None or (x.double() - y).norm() < tolerance * y.norm()
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("queries, keys", [(40, 70), (64, 32)])
-def test_part_and_its_normalizer_equal_plain_attention(queries, keys, biased):
+def test_part_and_its_gradients_equal_plain_attention(queries, keys, biased):
     g = torch.Generator().manual_seed(0)
-    call = [torch.randn(2, n, d, generator=g) for n, d in ((queries, 16), (keys, 16), (keys, 12))]
-    call.append(-torch.rand(2, keys, generator=g) if biased else None)
+    q, k, v, do = (torch.randn(2, n, d, generator=g) for n, d in ((queries, 16), (keys, 16), (keys, 12), (queries, 12)))
+    bias = -torch.rand(2, keys, generator=g) if biased else None
     results = []
-    for function, dtype in ((part_attention, torch.float32), (tree.plain_part, torch.float64)):
-        leaves = [None if x is None else x.to(dtype).requires_grad_() for x in call]
-        o, lse = function(*leaves, 0.3)
-        loss = (o * torch.arange(12)).sum() + (lse * torch.arange(queries)).sum() / 9
-        wanted = [x for x in leaves if x is not None]
-        results.append([o, lse, *torch.autograd.grad(loss, wanted)])
-    for got, want in zip(*results):
-        assert (got - want).norm() < 1e-5 * want.norm()
+    for parts, dtype in ((TritonParts(), torch.float32), (PlainParts(), torch.float64)):
+        call = [None if x is None else x.to(dtype) for x in (q, k, v, bias)]
+        o, lse = parts.attend(*call, 0.3)
+        # As if other keys had been seen too: the whole output and normalizer are not those of this part.
+        rows = (call[0], o * 0.5, do.to(dtype), lse + 1)
+        results.append([o, lse, *parts.differentiate(rows, *call[1:], 0.3)])
+    close(*results)
 
 
-def test_tree_of_triton_parts_equals_the_definition(monkeypatch):
+def test_merge_equals_plain_parts():
+    g = torch.Generator().manual_seed(0)
+    call = [torch.randn(3, 5, 70, 12, generator=g), torch.randn(3, 5, 70, generator=g)]
+    call += [torch.randn(15, 70, 12, generator=g).view(3, 5, 70, 12), 9 * torch.randn(3, 5, 70, generator=g)]
+    results = []
+    for parts, dtype in ((TritonParts(), torch.float32), (PlainParts(), torch.float64)):
+        tensors = [x.to(dtype, copy=True) for x in call]
+        parts.merge(*tensors)
+        results.append(tensors[:2])
+    close(*results)
+
+
+def test_inverse_equals_plain_parts():
+    system = 0.3 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    close([TritonParts().inverse(system)], [PlainParts().inverse(system.double())])
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_tree_of_triton_parts_equals_the_definition(monkeypatch, gate):
     monkeypatch.setattr(tree, "BASE", 16)
-    call = inputs(70, batch=1, heads=2, kv_heads=1, K=16, V=16)
-    bounds = torch.tensor([0, 30, 70], dtype=torch.int32)
+    monkeypatch.setattr(tree, "FAN", 3)  # two levels
+    monkeypatch.setattr(tree, "SCRATCH", 1)  # a key head at a time
+    call = inputs(70, batch=1, heads=4, kv_heads=2, K=16, V=16, gate=gate)
+    bounds = torch.tensor([0, 30, 70], dtype=torch.int32) if gate else None
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in call.items()}
         o = path_attention(**leaves, cu_seqlens=bounds, backend=backend)
         results.append([o, *torch.autograd.grad(o.square().sum(), list(leaves.values()))])
-    for name, got, want in zip(("o", *call), *results):
-        assert (got - want).norm() < 2e-5 * want.norm(), name
+    close(*results, tolerance=2e-5)
 
 
 def test_operator_obeys_the_rules_of_torch_library():
-    q, k, v = (torch.randn(2, 20, 16) for _ in range(3))
-    arguments = (q, k, v, torch.zeros(2, 20), 0.25)
+    call = [x.detach().float() for x in inputs(20, batch=1, heads=2, kv_heads=1).values()]
+    arguments = (*call, None, 0.25, False)
     torch.library.opcheck(
-        torch.ops.flame.part_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
+        torch.ops.flame.path_attention.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.head_exchange import whole_rows
-from flame.kernels.path_attention import chunked, reference, tree
+from flame.kernels.path_attention import chunked, reference
 from flame.kernels.path_attention.problem import Problem
+from flame.kernels.path_attention.triton_op import path_tree
 from flame.kernels.sequence import SequenceShard
 
 __all__ = ["path_attention", "transport_keys"]
@@ -72,14 +73,9 @@ def path_attention(  # noqa: PLR0913
     _check(q, k, v, w, beta, log_forget, cu_seqlens)
     problem = Problem(q, k, v, w, beta, log_forget, q.shape[-1] ** -0.5 if scale is None else scale, cu_seqlens)
     chosen = select_backend(q, backend)
-    if chosen == "triton" and (backend is not None or _tiled(q, k, v)):
-        from flame.kernels.path_attention.triton_parts import (
-            part_attention,
-        )  # imports triton, which a CPU does not need
-
-        return tree.path_attention(problem, part_attention)
-    if chosen == "chunked" and cu_seqlens is not None and torch.compiler.is_compiling():
-        return tree.path_attention(problem, tree.plain_part)  # one graph for all packings
+    tiled = chosen == "triton" and (backend is not None or _tiled(q, k, v))
+    if tiled or (chosen == "chunked" and cu_seqlens is not None and torch.compiler.is_compiling()):
+        return path_tree(q, k, v, w, beta, log_forget, cu_seqlens, problem.scale, tiled)[0]  # a graph for all packings
     return (reference if chosen == "reference" else chunked).path_attention(problem)
 
 

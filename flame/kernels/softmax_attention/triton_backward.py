@@ -40,10 +40,10 @@ def dq_sweep(
 
 @triton.jit
 def attention_dq(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, total_ptr, sums_ptr, begin_ptr, start_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, total_ptr, sums_ptr, begin_ptr, start_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, Tq, Tk, count, sums_size, scale, natural,
     H: tl.constexpr, Hk: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATED: tl.constexpr, DLSE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    GATED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     PRUNE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq [B, Tq, H, K] of a tile of queries, delta = rowsum(o do) [B, H, Tq] and, with gates, rowsum(dS) [B, H, Tq]."""
@@ -60,8 +60,6 @@ def attention_dq(
     o = columns(o_ptr + (b * Tq * H + h) * V, row, H * V, V, BV, live, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     of_row = (b * H + h) * Tq + row
-    if DLSE:  # the normalizer is used too: one more share of every weight
-        delta -= tl.load(dlse_ptr + of_row, mask=live, other=0.0)
     tl.store(delta_ptr + of_row, delta, mask=live)
     q = columns(q_ptr + b * Tq * q_row + h * q_head, row, q_row, K, BK, live, True)
     lse = tl.load(lse_ptr + of_row, mask=live, other=float("inf"))

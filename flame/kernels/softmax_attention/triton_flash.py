@@ -143,8 +143,8 @@ def _gradients(
     flags |= sizes(q, k, v)
     count = cdiv(Tq, rows["BM"])
     attention_dq[(count * B * H,)](
-        q, k, v, o, do, lse, None, delta, dq, row_total, sums, begin, start,
-        *strides, Tq, Tk, count, *numbers, DLSE=False, **flags, **rows,
+        q, k, v, o, do, lse, delta, dq, row_total, sums, begin, start,
+        *strides, Tq, Tk, count, *numbers, **flags, **rows,
     )  # fmt: skip
     count = cdiv(Tk, keys["BN"])
     attention_dkv[(count * B * Hk,)](
