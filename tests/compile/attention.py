@@ -10,7 +10,7 @@ from tests.compile import compile_only  # isort: skip
 
 import torch
 
-from flame.kernels.path_attention.triton_parts import part_attention
+from flame.kernels.path_attention.triton_parts import TritonParts
 from flame.kernels.softmax_attention import triton_flash
 
 
@@ -22,9 +22,12 @@ def main(words):
             torch.zeros(1, 256, int(n), int(d), **meta, requires_grad=True) for n, d in ((H, K), (Hk, K), (Hk, V))
         )
         if "part" in options:
-            rows = [x.detach().squeeze(0).transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
-            o, lse = part_attention(*rows, torch.zeros(int(Hk), 256), 0.1)
-            torch.autograd.backward([o, lse], [torch.ones_like(o), torch.ones_like(lse)])
+            q, k, v = (x.detach().squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))
+            parts, bias = TritonParts(), torch.zeros(int(Hk), 256)
+            o, lse = parts.attend(q, k, v, bias, 0.1)
+            parts.differentiate((q, o, o, lse), k, v, bias, 0.1)
+            parts.merge(o.float(), lse, o, lse)
+            parts.inverse(torch.zeros(1, 64, 64))
             report(word)
             continue
         gates = torch.zeros(1, 256, int(H), requires_grad=True)
