@@ -34,6 +34,12 @@ def leaves_of(*shapes, dtype=torch.float32):
     return [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
+def nsa_leaves(*shapes):
+    """Those of q, k, v and gates, the gates from 0 to 1 and some of them 0."""
+    *leaves, gates = leaves_of(*shapes)
+    return [*leaves, (gates.detach().sigmoid() - 0.2).relu().requires_grad_()]
+
+
 def assert_kernels_equal_definition(leaves, run, atol=3e-5):
     exact = [x.detach().double().requires_grad_() for x in leaves]
     results = []
@@ -49,7 +55,7 @@ def assert_kernels_equal_definition(leaves, run, atol=3e-5):
 def test_nsa_kernels_equal_the_definition_with_gradients(name):
     tokens, H, Hk, K, V, pattern, bounds = NSA[name]
     batch = 2 if bounds is None else 1
-    leaves = leaves_of((batch, tokens, H, K), (batch, tokens, Hk, K), (batch, tokens, Hk, V), (batch, tokens, H, 3))
+    leaves = nsa_leaves((batch, tokens, H, K), (batch, tokens, Hk, K), (batch, tokens, Hk, V), (batch, tokens, H, 3))
     bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     longest = None if bounds is None else int(bounds.diff().max())
 
@@ -98,14 +104,14 @@ def test_bands_of_scores_do_not_change_the_choice(monkeypatch):
 
 def test_splits_of_the_queries_add_up_in_the_gradients_of_the_means(monkeypatch):
     monkeypatch.setattr(triton_compressed, "split_span", lambda *_: 64)
-    leaves = leaves_of((2, 150, 2, 16), (2, 150, 1, 16), (2, 150, 1, 16), (2, 150, 2, 3))
+    leaves = nsa_leaves((2, 150, 2, 16), (2, 150, 1, 16), (2, 150, 1, 16), (2, 150, 2, 3))
     assert_kernels_equal_definition(
         leaves, lambda inputs, backend: native_sparse_attention(*inputs, SparsePattern(8, 3, 5), backend=backend)
     )
 
 
 def test_the_operators_compile_without_breaks():
-    leaves = leaves_of((1, 40, 2, 16), (1, 40, 1, 16), (1, 40, 1, 16), (1, 40, 2, 3))
+    leaves = nsa_leaves((1, 40, 2, 16), (1, 40, 1, 16), (1, 40, 1, 16), (1, 40, 2, 3))
 
     def run(q, k, v, gates):
         nsa = native_sparse_attention(q, k, v, gates, SparsePattern(8, 3, 0), backend="triton")

@@ -138,8 +138,10 @@ def _sum_pieces_kernel(
 
 @triton.jit
 def _join_queries_kernel(
-    choices, part, dq, rows, first_row, S, scale, K: tl.constexpr, GR: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr
-):
+    choices, part, dq, rows, first_row, S, scale, K: tl.constexpr, GR: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """The sum of each query's parts times `scale`, added to dq or in its place."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     ok = r < rows
     pair, g = r // GR, r % GR
@@ -147,7 +149,10 @@ def _join_queries_kernel(
     for s in range(S):
         there = ok & (tl.load(choices + pair * S + s, mask=ok, other=-1) >= 0)
         total += load_rows(part, (pair * S + s) * GR + g, there, K, BK).to(tl.float32)
-    store_rows(dq, first_row + r, ok, total * scale, K, BK)
+    total *= scale
+    if ADD:
+        total += load_rows(dq, first_row + r, ok, K, BK).to(tl.float32)
+    store_rows(dq, first_row + r, ok, total, K, BK)
 
 
 def row_sums(o: Tensor, do: Tensor) -> Tensor:
@@ -161,12 +166,12 @@ def row_sums(o: Tensor, do: Tensor) -> Tensor:
 
 
 def differentiate(
-    tensors: tuple[Tensor, ...], entries: Entries, blocks: Blocks, sizes: Sizes
+    tensors: tuple[Tensor, ...], entries: Entries, blocks: Blocks, sizes: Sizes, dq: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; tensors are q, k, v, do, lse, delta."""
+    """Gradients of q, k and v; tensors are q, k, v, do, lse, delta. A dq that is given is added to, in place."""
     q, k, v = tensors[:3]
-    add = entries.bands > 1
-    dq = torch.empty_like(q)
+    add, more = entries.bands > 1, dq is not None
+    dq = torch.empty_like(q) if dq is None else dq
     dk, dv = (torch.zeros_like(x, dtype=torch.float32 if add else x.dtype) for x in (k, v))
     part = q.new_empty(min(entries.band, blocks.tokens) * sizes.H * entries.choices.shape[2], sizes.K)
     keys = KeyPass(tensors, entries, blocks, sizes, (part, dk, dv))
@@ -180,7 +185,7 @@ def differentiate(
         rows = (last - first) * sizes.H
         _join_queries_kernel[(cdiv(rows, BR),)](
             entries.choices[first], part, dq, rows, first * sizes.H, entries.choices.shape[2], sizes.scale, K=sizes.K,
-            GR=sizes.rows, BK=BK, BR=BR,
+            GR=sizes.rows, BK=BK, BR=BR, ADD=more,
         )  # fmt: skip
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 

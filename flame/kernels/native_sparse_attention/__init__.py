@@ -58,7 +58,7 @@ def native_sparse_attention(  # noqa: PLR0913
         q: `[B, Tq, H, K]`.
         k: `[B, Tk, Hk, K]`, Tk >= Tq, the last query aligned with the last key; Hk divides H.
         v: `[B, Tk, Hk, V]`.
-        gates: `[B, Tq, H, 3]`, factors of the three branches.
+        gates: `[B, Tq, H, 3]`, factors of the three branches, not negative.
         scale: of the scores; K^-0.5 by default.
         cu_seqlens: `[N + 1]` boundaries of packed documents (B = 1, Tq = Tk); blocks are counted from their starts.
         max_seqlen: no document is longer; saves memory and programs.
@@ -108,8 +108,8 @@ def native_sparse_attention(  # noqa: PLR0913
     if chosen == "triton":
         from flame.kernels.native_sparse_attention import triton_op  # a CPU needs no triton
 
-        parts = triton_op.branches(q, k, v, pattern, scale, cu_seqlens, block_indices, max_seqlen)
-        return triton_op.gated_sum(*parts, window, gates)
+        call = triton_op.Call(pattern.block_size, pattern.block_count, scale, max_seqlen)
+        return triton_op.attend(q, k, v, window, gates, call, cu_seqlens, block_indices)
     form = reference if chosen == "reference" else chunked
     parts = form.branches(q, k, v, pattern, scale, cu_seqlens, means, block_indices)
     return _gated_sum((*parts, window), gates).to(q.dtype)

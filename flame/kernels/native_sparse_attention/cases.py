@@ -99,10 +99,9 @@ def chosen_weight(tensors: Tensors, pattern: SparsePattern, backend: str | None)
 
         blocks = make_blocks(q, pattern.block_size, None)
         k_means, v_means = packed_means(tensors["k"], blocks), packed_means(tensors["v"], blocks)
-        _, lse = triton_op.forward(tensors["q"], k_means, v_means, None, pattern.block_size, None, scale)
-        indices = triton_op.choose(
-            tensors["q"], k_means, lse, None, pattern.block_size, None, pattern.block_count, scale
-        )
+        call = triton_op.Call(pattern.block_size, pattern.block_count, scale, None)
+        _, lse = triton_op.compress(tensors["q"], k_means, v_means, None, call)
+        indices = triton_op.choose(tensors["q"], k_means, lse, None, call)
     else:
         indices = chunked.choose(weights, 0, pattern, Hk)
     importance = torch.nn.functional.pad(weights.sum(3), (0, 2))  # the own block may be incomplete; and a spare column

@@ -1,4 +1,8 @@
-"""The gated sum of the branches in one pass, and its gradients."""
+"""The gated sum of the branches in one pass, and what its gradient asks of each branch.
+
+A branch's gradient is the output's times its gate, row by row. The factor need not be multiplied into a tensor of its own:
+taken off the branch's log-sum it scales all its weights, and with them every gradient. So gates must not be negative.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +27,29 @@ def _gate_kernel(a, b, c, gates, o, rows, V: tl.constexpr, BV: tl.constexpr, BR:
 
 
 @triton.jit
-def _backward_one(x, dx, gates, dgates, do, r, ok, i: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    gate = tl.load(gates + 3 * r + i, mask=ok).to(tl.float32)
+def _branch(x, lse, gates, dgates, delta, weight, do, r, ok, i: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    gate = tl.load(gates + 3 * r + i, mask=ok, other=1.0).to(tl.float32)
     product = tl.sum(do * load_rows(x, r, ok, V, BV).to(tl.float32), 1)
     tl.store(dgates + 3 * r + i, product.to(dgates.dtype.element_ty), mask=ok)
-    store_rows(dx, r, ok, do * gate[:, None], V, BV)
+    tl.store(delta + r, product, mask=ok)
+    tl.store(weight + r, tl.load(lse + r, mask=ok, other=0.0) - tl.log2(gate), mask=ok)
 
 
 @triton.jit
 def _gate_backward_kernel(
-    do, a, b, c, gates, da, db, dc, dgates, rows,
+    do, a, a_lse, b, b_lse, c, gates, a_delta, a_weight, b_delta, b_weight, dc, dgates, rows,
     V: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, THREE: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     ok = r < rows
     grad = load_rows(do, r, ok, V, BV).to(tl.float32)
-    _backward_one(a, da, gates, dgates, grad, r, ok, 0, V, BV)
-    _backward_one(b, db, gates, dgates, grad, r, ok, 1, V, BV)
+    _branch(a, a_lse, gates, dgates, a_delta, a_weight, grad, r, ok, 0, V, BV)
+    _branch(b, b_lse, gates, dgates, b_delta, b_weight, grad, r, ok, 1, V, BV)
     if THREE:
-        _backward_one(c, dc, gates, dgates, grad, r, ok, 2, V, BV)
+        gate = tl.load(gates + 3 * r + 2, mask=ok).to(tl.float32)
+        product = tl.sum(grad * load_rows(c, r, ok, V, BV).to(tl.float32), 1)
+        tl.store(dgates + 3 * r + 2, product.to(dgates.dtype.element_ty), mask=ok)
+        store_rows(dc, r, ok, grad * gate[:, None], V, BV)
 
 
 def _launch(V: int) -> dict[str, int]:
@@ -51,7 +59,7 @@ def _launch(V: int) -> dict[str, int]:
 
 def forward(a: Tensor, b: Tensor, c: Tensor | None, gates: Tensor) -> Tensor:
     """gates[..., 0] a + gates[..., 1] b + gates[..., 2] c; a, b, c `[B, T, H, V]`, gates `[B, T, H, 3]`."""
-    a, b, gates = a.contiguous(), b.contiguous(), gates.contiguous()
+    gates = gates.contiguous()
     c = None if c is None else c.contiguous()
     o, options = torch.empty_like(a), _launch(a.shape[-1])
     rows = a.numel() // a.shape[-1]
@@ -59,15 +67,18 @@ def forward(a: Tensor, b: Tensor, c: Tensor | None, gates: Tensor) -> Tensor:
     return o
 
 
-def backward(do: Tensor, a: Tensor, b: Tensor, c: Tensor | None, gates: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a, b, c (empty without one) and gates."""
-    do, a, b, gates = (x.contiguous() for x in (do, a, b, gates))
+def backward(
+    do: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], c: Tensor | None, gates: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
+    """For a and b, outputs with their log2 sums: log2 sums that carry the gate, and rowsum(output do), each `[B, T, H]`.
+    Then the gradients of c (empty without one) and of gates."""
+    gates = gates.contiguous()
     c = None if c is None else c.contiguous()
-    da, db, dc = torch.empty_like(a), torch.empty_like(b), a.new_empty(0) if c is None else torch.empty_like(c)
+    a_delta, a_weight, b_delta, b_weight = (torch.empty_like(a[1]) for _ in range(4))
+    dc = do.new_empty(0) if c is None else torch.empty_like(c)
     dgates = torch.empty_like(gates) if c is not None else torch.zeros_like(gates)
-    options = _launch(a.shape[-1])
-    rows = a.numel() // a.shape[-1]
+    options, rows = _launch(do.shape[-1]), a[1].numel()
     _gate_backward_kernel[(cdiv(rows, options["BR"]),)](
-        do, a, b, c, gates, da, db, dc, dgates, rows, THREE=c is not None, **options
+        do, *a, *b, c, gates, a_delta, a_weight, b_delta, b_weight, dc, dgates, rows, THREE=c is not None, **options
     )
-    return da, db, dc, dgates
+    return (a_weight, a_delta), (b_weight, b_delta), dc, dgates

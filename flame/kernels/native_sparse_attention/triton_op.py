@@ -1,44 +1,52 @@
-"""NSA's fast path as operators of torch, with fakes and autograd."""
+"""NSA's fast path as one operator of torch, with fake and autograd.
+
+Compressed and selected branch and the gated sum are one operator, so that its backward neither holds the gradient of each
+branch's output nor of q from each: the branches add to one dq. The window branch is `softmax_attention`'s and comes in as a
+tensor.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flame.kernels.block_attention.triton_backward import row_sums
+from flame.kernels.block_attention import triton_backward, triton_forward
+from flame.kernels.block_attention import triton_op as block_op
 from flame.kernels.block_attention.triton_common import Sizes
 from flame.kernels.block_attention.triton_layout import make_blocks
-from flame.kernels.block_attention.triton_op import block_attention_triton
 from flame.kernels.block_attention.triton_select import choose_blocks, packed_means
 from flame.kernels.direct import Direct
 from flame.kernels.native_sparse_attention import triton_compressed, triton_gate
 
-if TYPE_CHECKING:
-    from flame.kernels.native_sparse_attention import SparsePattern
+
+@dataclass(frozen=True)
+class Call:
+    """The numbers of a call. count: blocks that the selected branch attends to."""
+
+    block_size: int
+    count: int
+    scale: float
+    max_seqlen: int | None
 
 
-def branches(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: SparsePattern,
-    scale: float,
+    window: Tensor | None,
+    gates: Tensor,
+    call: Call,
     cu_seqlens: Tensor | None,
-    block_indices: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Outputs `[B, T, H, V]` of the compressed and the selected branch."""
-    size = pattern.block_size
-    blocks = make_blocks(k, size, cu_seqlens)
-    k_means, v_means = packed_means(k, blocks), packed_means(v, blocks)
-    compressed, lse = compressed_attention(q, k_means, v_means, cu_seqlens, size, max_seqlen, scale)
-    if block_indices is None:
-        block_indices = torch.ops.flame.nsa_choose(
-            q.detach(), k_means.detach(), lse, cu_seqlens, size, max_seqlen, pattern.block_count, scale
-        )
-    return compressed, block_attention_triton(q, k, v, block_indices, cu_seqlens, size, scale)[0]
+    block_indices: Tensor | None,
+) -> Tensor:
+    """The gated sum `[B, T, H, V]` of the compressed, the selected and, if there is one, the window branch."""
+    blocks = make_blocks(k, call.block_size, cu_seqlens)
+    means = packed_means(k, blocks), packed_means(v, blocks)
+    numbers = call.block_size, call.count, call.scale, call.max_seqlen
+    return nsa(q, k, v, *means, window, gates, cu_seqlens, block_indices, *numbers)[0]
 
 
 def _sizes(q: Tensor, k_means: Tensor, v_means: Tensor, scale: float) -> Sizes:
@@ -46,131 +54,134 @@ def _sizes(q: Tensor, k_means: Tensor, v_means: Tensor, scale: float) -> Sizes:
     return Sizes(q.shape[2], Hk, Hk, q.shape[3], v_means.shape[2], scale)
 
 
+def compress(
+    q: Tensor, k_means: Tensor, v_means: Tensor, cu_seqlens: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """The compressed branch `[B, T, H, V]` and its log2 sums `[B, T, H]`; means `[blocks, Hk, .]`; all dense."""
+    blocks = make_blocks(q, call.block_size, cu_seqlens, call.max_seqlen)
+    return triton_compressed.attend(q, k_means, v_means, blocks, _sizes(q, k_means, v_means, call.scale))
+
+
+def choose(q: Tensor, k_means: Tensor, lse: Tensor, cu_seqlens: Tensor | None, call: Call) -> Tensor:
+    """Blocks `[B, T, Hk, count]` of every query."""
+    blocks = make_blocks(q, call.block_size, cu_seqlens, call.max_seqlen)
+    return choose_blocks(q, k_means, lse, blocks, _sizes(q, k_means, k_means, call.scale), call.count, True)
+
+
 def forward(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_means: Tensor,
     v_means: Tensor,
+    window: Tensor | None,
+    gates: Tensor,
     cu_seqlens: Tensor | None,
+    block_indices: Tensor | None,
     block_size: int,
-    max_seqlen: int | None,
+    count: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o `[B, T, H, V]` and log2 sums `[B, T, H]`; means `[blocks, Hk, .]`."""
-    q, k_means, v_means = (x.contiguous() for x in (q, k_means, v_means))
-    blocks = make_blocks(q, block_size, cu_seqlens, max_seqlen)
-    return triton_compressed.attend(q, k_means, v_means, blocks, _sizes(q, k_means, v_means, scale))
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o; then output and log2 sums of the compressed and of the selected branch, and the blocks chosen."""
+    q, k, v, k_means, v_means = (x.contiguous() for x in (q, k, v, k_means, v_means))
+    call = Call(block_size, count, scale, max_seqlen)
+    compressed, lse = compress(q, k_means, v_means, cu_seqlens, call)
+    if block_indices is None:
+        indices = choose(q, k_means, lse, cu_seqlens, call)
+    else:
+        indices = block_indices.to(torch.int32, copy=True)  # an operator's results must not be its arguments
+    selected, selected_lse = triton_forward.attend(
+        q, k, v, *block_op.plan(q, k, v, indices, cu_seqlens, block_size, scale)
+    )
+    o = triton_gate.forward(compressed, selected, window, gates)
+    return o, compressed, lse, selected, selected_lse, indices
 
 
 def backward(
     do: Tensor,
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_means: Tensor,
     v_means: Tensor,
-    o: Tensor,
-    lse: Tensor,
+    window: Tensor | None,
+    gates: Tensor,
     cu_seqlens: Tensor | None,
-    block_size: int,
-    max_seqlen: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k_means, v_means, do = (x.contiguous() for x in (q, k_means, v_means, do.to(o.dtype)))
-    blocks = make_blocks(q, block_size, cu_seqlens, max_seqlen)
-    tensors = (q, k_means, v_means, do, lse, row_sums(o, do))
-    return triton_compressed.differentiate(tensors, blocks, _sizes(q, k_means, v_means, scale))
-
-
-def choose(
-    q: Tensor,
-    k_means: Tensor,
+    compressed: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor | None,
+    selected: Tensor,
+    selected_lse: Tensor,
+    indices: Tensor,
     block_size: int,
-    max_seqlen: int | None,
-    count: int,
     scale: float,
-) -> Tensor:
-    """Blocks `[B, T, Hk, count]` of every query."""
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, the means, the window branch (empty without one) and gates."""
+    do, q, k, v, k_means, v_means = (x.contiguous() for x in (do.to(q.dtype), q, k, v, k_means, v_means))
+    of_means, of_blocks, dwindow, dgates = triton_gate.backward(
+        do, (compressed, lse), (selected, selected_lse), window, gates
+    )
     blocks = make_blocks(q, block_size, cu_seqlens, max_seqlen)
-    q, k_means = q.contiguous(), k_means.contiguous()
-    return choose_blocks(q, k_means, lse, blocks, _sizes(q, k_means, k_means, scale), count, True)
+    dq, dk_means, dv_means = triton_compressed.differentiate(
+        (q, k_means, v_means, do, *of_means), blocks, _sizes(q, k_means, v_means, scale)
+    )
+    plan = block_op.plan(q, k, v, indices, cu_seqlens, block_size, scale)
+    _, dk, dv = triton_backward.differentiate((q, k, v, do, *of_blocks), *plan, dq)
+    return dq, dk, dv, dk_means, dv_means, dwindow, dgates
 
 
-_tags = (torch.Tag.pt2_compliant_tag,)
-_MEANS = "Tensor q, Tensor k_means, Tensor v_means"
-_GATED = "Tensor a, Tensor b, Tensor? c, Tensor gates"
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor k_means, Tensor v_means, Tensor? window, Tensor gates, Tensor? cu_seqlens"
+)
+_OUTPUTS = "Tensor compressed, Tensor lse, Tensor selected, Tensor selected_lse, Tensor indices"
 _library = torch.library.Library("flame", "FRAGMENT")
 _SCHEMAS = {
-    "nsa_compressed": (
-        f"({_MEANS}, Tensor? cu_seqlens, int block_size, int? max_seqlen, float scale) -> (Tensor, Tensor)",
+    "nsa": (
+        f"({_ARGUMENTS}, Tensor? block_indices, int block_size, int count, float scale, int? max_seqlen) -> "
+        f"({', '.join(['Tensor'] * 6)})",
         forward,
     ),
-    "nsa_compressed_backward": (
-        f"(Tensor do, {_MEANS}, Tensor o, Tensor lse, Tensor? cu_seqlens, int block_size, int? max_seqlen, "
-        "float scale) -> (Tensor, Tensor, Tensor)",
+    "nsa_backward": (
+        f"(Tensor do, {_ARGUMENTS}, {_OUTPUTS}, int block_size, float scale, int? max_seqlen) -> "
+        f"({', '.join(['Tensor'] * 7)})",
         backward,
     ),
-    "nsa_choose": (
-        "(Tensor q, Tensor k_means, Tensor lse, Tensor? cu_seqlens, int block_size, int? max_seqlen, int count, "
-        "float scale) -> Tensor",
-        choose,
-    ),
-    "nsa_gate": (f"({_GATED}) -> Tensor", triton_gate.forward),
-    "nsa_gate_backward": (f"(Tensor do, {_GATED}) -> (Tensor, Tensor, Tensor, Tensor)", triton_gate.backward),
 }
 for _name, (_schema, _function) in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=_tags)
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     for _device in ("CUDA", "CPU"):
         _library.impl(_name, _function, _device)
 
 
-@torch.library.register_fake("flame::nsa_compressed")
-def _fake(q, k_means, v_means, cu_seqlens, block_size, max_seqlen, scale):
-    return q.new_empty(*q.shape[:3], v_means.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+@torch.library.register_fake("flame::nsa")
+def _fake(q, k, v, k_means, v_means, window, gates, cu_seqlens, block_indices, block_size, count, scale, max_seqlen):
+    o, lse = (q.new_empty(*q.shape[:3], v.shape[3]) for _ in range(3)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    whole, compressed, selected = o
+    slots = count if block_indices is None else block_indices.shape[3]
+    indices = q.new_empty(*q.shape[:2], k.shape[2], slots, dtype=torch.int32)
+    return whole, compressed, lse, selected, torch.empty_like(lse), indices
 
 
-@torch.library.register_fake("flame::nsa_compressed_backward")
-def _fake_backward(do, q, k_means, v_means, o, lse, cu_seqlens, block_size, max_seqlen, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k_means, v_means))
+@torch.library.register_fake("flame::nsa_backward")
+def _fake_backward(do, q, k, v, k_means, v_means, window, gates, *rest):
+    return tuple(q.new_empty(0 if x is None else x.shape) for x in (q, k, v, k_means, v_means, window)) + (
+        gates.new_empty(gates.shape),
+    )
 
 
-@torch.library.register_fake("flame::nsa_choose")
-def _fake_choose(q, k_means, lse, cu_seqlens, block_size, max_seqlen, count, scale):
-    return q.new_empty(*q.shape[:2], k_means.shape[1], count, dtype=torch.int32)
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, _, ctx.block_size, _, ctx.scale, ctx.max_seqlen = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-@torch.library.register_fake("flame::nsa_gate")
-def _fake_gate(a, b, c, gates):
-    return a.new_empty(a.shape)
+def _backward(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    *found, dwindow, dgates = _direct_backward(do, *saved, ctx.block_size, ctx.scale, ctx.max_seqlen)
+    return *found, None if saved[5] is None else dwindow, dgates, None, None, None, None, None, None
 
 
-@torch.library.register_fake("flame::nsa_gate_backward")
-def _fake_gate_backward(do, a, b, c, gates):
-    return tuple(a.new_empty(0 if x is None else x.shape) for x in (a, b, c, gates))
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k_means, v_means, cu_seqlens, ctx.block_size, ctx.max_seqlen, ctx.scale = inputs
-    o, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k_means, v_means, o, lse, cu_seqlens)
-
-
-def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_direct_backward(do, *ctx.saved_tensors, ctx.block_size, ctx.max_seqlen, ctx.scale), None, None, None, None
-
-
-def _setup_gate(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_gate(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-    da, db, dc, dgates = _direct_gate_backward(do, *ctx.saved_tensors)
-    return da, db, None if ctx.saved_tensors[2] is None else dc, dgates
-
-
-_direct_backward = Direct(torch.ops.flame.nsa_compressed_backward, backward)
-_direct_gate_backward = Direct(torch.ops.flame.nsa_gate_backward, triton_gate.backward)
-torch.library.register_autograd("flame::nsa_compressed", _backward, setup_context=_setup_context)
-torch.library.register_autograd("flame::nsa_gate", _backward_gate, setup_context=_setup_gate)
-compressed_attention = Direct(torch.ops.flame.nsa_compressed, forward, _setup_context, _backward)
-gated_sum = Direct(torch.ops.flame.nsa_gate, triton_gate.forward, _setup_gate, _backward_gate)
+_direct_backward = Direct(torch.ops.flame.nsa_backward, backward)
+torch.library.register_autograd("flame::nsa", _backward, setup_context=_setup_context)
+nsa = Direct(torch.ops.flame.nsa, forward, _setup_context, _backward)
