@@ -88,3 +88,12 @@ def test_compiles_without_a_graph_break(monkeypatch):
         path_attention(**call, cu_seqlens=bounds, backend="reference").square().sum(), call["q"]
     )
     torch.testing.assert_close(dq, want, atol=1e-4, rtol=1e-4)
+
+
+def test_activation_checkpointing_recomputes_the_same(monkeypatch):
+    monkeypatch.setattr(tree, "BASE", 16)
+    call = {name: x.detach().float().requires_grad_() for name, x in inputs(20, batch=1, heads=1, kv_heads=1).items()}
+    o = torch.utils.checkpoint.checkpoint(lambda: path_attention(**call, backend="triton"), use_reentrant=False)
+    got = torch.autograd.grad(o.square().sum(), list(call.values()))
+    want = torch.autograd.grad(path_attention(**call, backend="triton").square().sum(), list(call.values()))
+    assert all(torch.equal(one, other) for one, other in zip(got, want))

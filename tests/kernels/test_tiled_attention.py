@@ -137,3 +137,11 @@ def test_compiles_without_a_graph_break():
     (dq,) = torch.autograd.grad(function(**call).square().sum(), call["q"])
     (want,) = torch.autograd.grad(forgetting_attention(**call, backend="chunked").square().sum(), call["q"])
     torch.testing.assert_close(dq, want, atol=1e-4, rtol=1e-4)
+
+
+def test_activation_checkpointing_recomputes_the_same():
+    call = {name: x.requires_grad_() for name, x in inputs(33).items()}
+    o = torch.utils.checkpoint.checkpoint(lambda: forgetting_attention(**call, backend="triton"), use_reentrant=False)
+    got = torch.autograd.grad(o.square().sum(), list(call.values()))
+    want = torch.autograd.grad(forgetting_attention(**call, backend="triton").square().sum(), list(call.values()))
+    assert all(torch.equal(one, other) for one, other in zip(got, want))

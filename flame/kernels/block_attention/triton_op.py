@@ -14,7 +14,7 @@ from flame.kernels.block_attention.triton_layout import Blocks, Entries, make_bl
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv
 
-SCRATCH = 1 << 29  # bytes that the parts of one band of queries may take
+SCRATCH = 1 << 28  # bytes that the parts of one band of queries may take
 
 
 def band_of(tokens: int, q: Tensor, width: int, slots: int) -> int:

@@ -173,10 +173,13 @@ def _fake_backward(do, q, k, v, k_means, v_means, window, gates, *rest):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, _, ctx.block_size, _, ctx.scale, ctx.max_seqlen = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros stand in for the gradients of the branches' outputs
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 13
     saved = ctx.saved_tensors
     *found, dwindow, dgates = _direct_backward(do, *saved, ctx.block_size, ctx.scale, ctx.max_seqlen)
     return *found, None if saved[5] is None else dwindow, dgates, None, None, None, None, None, None

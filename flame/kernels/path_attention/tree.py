@@ -27,7 +27,7 @@ from flame.kernels.path_attention.problem import Problem
 BASE = 64
 FAN = 8
 APART = 1e4  # what a document boundary takes off a score
-SCRATCH = 1 << 25  # bytes of one wide tensor [rows, T, K]; about fifteen live at once
+SCRATCH = 1 << 27  # bytes of one wide tensor [rows, T, K]; about fifteen live at once
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,16 @@ def _(do, q, k, v, w, beta, log_forget, cu_seqlens, o, lse, scale, tiled):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.tiled = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dforget = path_backward(do, *ctx.saved_tensors, ctx.scale, ctx.tiled)
-    return *gradients, None if ctx.saved_tensors[5] is None else dforget, None, None, None
+def _backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None:
+        return (None,) * 9
+    saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
+    *gradients, dforget = path_backward(do, *saved, ctx.scale, ctx.tiled)
+    return *gradients, None if saved[5] is None else dforget, None, None, None
 
 
 _path.register_autograd(_backward, setup_context=_save)

@@ -188,10 +188,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 9
-    sink = ctx.saved_tensors[3]
-    dq, dk, dv, dforget, dsink = attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.window)
+    saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
+    dq, dk, dv, dforget, dsink = attention_backward(do, *saved, ctx.scale, ctx.window)
     dforget = None if ctx.gate_dtype is None else dforget.to(ctx.gate_dtype)
-    return dq, dk, dv, dforget, None if sink is None else dsink, None, None, None, None
+    return dq, dk, dv, dforget, None if saved[3] is None else dsink, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save)
