@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from flame.kernels import tiles
 from flame.kernels.checking import RAGGED, Case, Tensors
 from flame.kernels.linear_attention import linear_attention
+from flame.kernels.linear_attention.head_scale import scale_heads
 from flame.kernels.linear_attention.triton_wide import parts
 
 KINDS = ("none", "head", "scalar", "key", "value", "bonus")
@@ -49,7 +50,19 @@ def cases() -> list[Case]:
     tuned += [Shape("head", 8, 4096, (8, 8, 8), 256, 256), Shape("key", 8, 4096, (4, 4, 4), 256, 256)]
     tuned += [Shape("scalar", 8, 4096, (1, 1, 64), 128, 64), Shape("key", 8, 4096, (4, 4, 4), 128, 256)]
     tuned += [Shape("value", 8, 4096, (4, 4, 4), 256, 64), Shape("key", 8, 4096, (4, 4, 4), 64, 256)]
-    return [make_case(shape) for shape in checked] + [make_case(shape, tune=True) for shape in tuned]
+    return [make_case(shape) for shape in checked] + [make_case(shape, tune=True) for shape in tuned] + [scale_case()]
+
+
+def scale_case() -> Case:
+    def inputs(device: torch.device, seed: int) -> Tensors:
+        g = torch.Generator(device).manual_seed(seed)
+        factor = torch.rand(2, 301, 3, generator=g, device=device)
+        return {"x": torch.randn(2, 301, 3, 64, generator=g, device=device).bfloat16(), "factor": factor}
+
+    def run(tensors: Tensors, backend: str | None) -> Tensors:
+        return {"y": scale_heads(**tensors, backend=backend)}
+
+    return Case("linear_attention", "scale_heads", inputs, run)
 
 
 def make_case(shape: Shape, tune: bool = False) -> Case:
@@ -123,8 +136,8 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
 
 
 def sweeps() -> list[tiles.Tile]:
-    rows = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2), (128, 128, 8, 2)]
-    rows += [(64, 32, 4, 3), (64, 32, 8, 2)]
+    rows = [(64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (64, 128, 8, 2)]
+    rows += [(32, 64, 8, 2), (32, 64, 4, 2)]
     return [{"BT": bt, "BE": be, "num_warps": warps, "num_stages": stages} for bt, be, warps, stages in rows]
 
 
@@ -139,6 +152,5 @@ def prepares() -> list[tiles.Tile]:
 
 
 def finishes() -> list[tiles.Tile]:
-    rows = [(64, 8, 3, 0), (64, 8, 2, 0), (32, 4, 3, 0), (32, 4, 3, 1), (32, 4, 2, 0), (32, 4, 1, 0), (32, 4, 3, 3)]
-    rows += [(32, 8, 3, 0), (16, 4, 3, 0), (16, 4, 2, 0), (16, 4, 3, 1)]
+    rows = [(64, 8, 3, 0), (64, 8, 3, 3), (32, 4, 3, 0), (32, 4, 2, 3), (32, 4, 1, 3), (32, 8, 3, 3), (16, 4, 3, 3)]
     return [{"BK": bk, "num_warps": warps, "num_stages": stages, "DOTS": dots} for bk, warps, stages, dots in rows]

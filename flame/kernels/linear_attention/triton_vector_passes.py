@@ -52,8 +52,10 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
             "BT": 64 if max(K, V) * wide <= 512 else 32,
             "BK": min(64 // wide, power_of_2(K)),
             "num_warps": 4,
-            "DOTS": 0,
+            "DOTS": 1 if wide == 1 else 0,
         }
+    if name == "finish" and wide == 1:
+        return {"BK": min(32, power_of_2(K)), "num_warps": 4, "num_stages": 3, "DOTS": 3}
     if name.startswith("finish"):
         return {"BK": min(64 // wide, power_of_2(K)), "num_warps": 8, "DOTS": 0}
     columns = "BV" if name == "key" else "BK"
