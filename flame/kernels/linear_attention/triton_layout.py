@@ -64,11 +64,14 @@ def ceil_div(x: int, y: int) -> int:
 
 @lru_cache(maxsize=1024)
 def dense_items(batch: int, tokens: int, programs: int, multiprocessors: int) -> Items:
-    """Cut time so that about two programs fall on each multiprocessor; `programs` is how many one item has."""
+    """Cut time so that at most two programs fall on each multiprocessor; `programs` is how many one item has.
+
+    Two is what fits at once: one program more would make a second wave, as long as the first.
+    """
     if batch * programs >= 0.75 * multiprocessors or tokens <= 2 * ANCHOR:
         per_row = 1
     else:
-        per_row = min(ceil_div(2 * multiprocessors, batch * programs), tokens // ANCHOR)
+        per_row = min(2 * multiprocessors // (batch * programs), tokens // ANCHOR)
     segment = tokens if per_row == 1 else ceil_div(ceil_div(tokens, per_row), ANCHOR) * ANCHOR
     per_row = max(1, ceil_div(tokens, segment))
     return Items(batch * per_row, segment, per_row)
