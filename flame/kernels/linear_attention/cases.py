@@ -136,7 +136,7 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
 
 
 def sweeps() -> list[tiles.Tile]:
-    rows = [(64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (64, 128, 8, 2)]
+    rows = [(64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (32, 128, 8, 2)]
     rows += [(32, 64, 8, 2), (32, 64, 4, 2)]
     return [{"BT": bt, "BE": be, "num_warps": warps, "num_stages": stages} for bt, be, warps, stages in rows]
 

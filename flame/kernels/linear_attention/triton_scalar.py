@@ -199,8 +199,8 @@ def scalar_sweep(
                         at_product = product_ptr + (part * rows_total + start + rows) * H + head
                         read_product += tl.load(at_product, mask=keep, other=0.0)
         scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
         if DECAY == "none":
+            y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
             scores = tl.where(keep_pair, scores, 0.0)
             y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION) * scale
         else:
@@ -214,6 +214,8 @@ def scalar_sweep(
             read = tl.exp2(whole - decayed) if REVERSE else tl.exp2(decayed)
             write = tl.exp2(decayed) if REVERSE else tl.exp2(whole - decayed)
             scores = (scores * weight).to(c.dtype)
+            column = (c * write[:, None]).to(c.dtype)
+            y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
             y = y * (read * scale)[:, None]
             if DECAY_GRADIENT:
                 at_anchor = anchor_ptr + chunk.to(tl.int64) * (H * D * E)
@@ -227,7 +229,6 @@ def scalar_sweep(
             y = tl.dot(scores, c, y, input_precision=PRECISION)
             if DECAY_GRADIENT:
                 product = tl.sum(x.to(tl.float32) * y, 1)
-            column = (c * write[:, None]).to(c.dtype)
         at_y = y_ptr + rows[:, None] * (H * E) + e_index[None, :]
         if E % BE == 0:
             tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None])

@@ -57,7 +57,7 @@ def default_tile(name: str, K: int, V: int, dtype: torch.dtype) -> tiles.Tile:
     if name == "finish" and wide == 1:
         return {"BK": min(32, power_of_2(K)), "num_warps": 4, "num_stages": 3, "DOTS": 3}
     if name.startswith("finish"):
-        return {"BK": min(64 // wide, power_of_2(K)), "num_warps": 8, "DOTS": 0}
+        return {"BK": min(32, power_of_2(K)), "num_warps": 8, "DOTS": 0}
     columns = "BV" if name == "key" else "BK"
     width = min(64 if summed <= 256 else 32, power_of_2(V if name == "key" else K))
     stages = 2 if summed <= 128 else 1
