@@ -67,22 +67,6 @@ def load_rows(base, rows, stride, columns, keep, WIDTH: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def load_state(base, cell, rows, columns, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """[BD, BE] of a [D, E] state. No mask where blocks divide it: one of an accumulator's size takes its registers."""
-    if D % BD == 0 and E % BE == 0:
-        return tl.load(base + cell)
-    return tl.load(base + cell, mask=(rows < D)[:, None] & (columns < E)[None, :], other=0.0)
-
-
-@triton.jit
-def store_state(base, cell, state, rows, columns, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    if D % BD == 0 and E % BE == 0:
-        tl.store(base + cell, state.to(base.dtype.element_ty))
-    else:
-        tl.store(base + cell, state.to(base.dtype.element_ty), mask=(rows < D)[:, None] & (columns < E)[None, :])
-
-
-@triton.jit
 def state_offsets(rows, columns, D: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Element (d, e) of a state stored [D, E], or [E, D] when TRANSPOSED."""
     if TRANSPOSED:
@@ -146,10 +130,11 @@ def scalar_sweep(
     slot = (item.to(tl.int64) * H + head) * D * E
     d_index = tl.arange(0, BD)
     e_index = tile * BE + tl.arange(0, BE)
+    in_state = (d_index < D)[:, None] & (e_index < E)[None, :]
     cell = state_offsets(d_index, e_index, D, E, TRANSPOSED)
     state = tl.zeros([BD, BE], tl.float32)
     if HAS_INITIAL:
-        state = load_state(initial_ptr + slot, cell, d_index, e_index, D, E, BD, BE)
+        state = tl.load(initial_ptr + slot + cell, mask=in_state, other=0.0)
         if REVERSE:
             state = state / scale
 
@@ -199,8 +184,8 @@ def scalar_sweep(
                         at_product = product_ptr + (part * rows_total + start + rows) * H + head
                         read_product += tl.load(at_product, mask=keep, other=0.0)
         scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
         if DECAY == "none":
-            y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
             scores = tl.where(keep_pair, scores, 0.0)
             y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION) * scale
         else:
@@ -214,26 +199,22 @@ def scalar_sweep(
             read = tl.exp2(whole - decayed) if REVERSE else tl.exp2(decayed)
             write = tl.exp2(decayed) if REVERSE else tl.exp2(whole - decayed)
             scores = (scores * weight).to(c.dtype)
-            column = (c * write[:, None]).to(c.dtype)
-            y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION)
             y = y * (read * scale)[:, None]
             if DECAY_GRADIENT:
-                at_anchor = anchor_ptr + chunk.to(tl.int64) * (H * D * E)
+                at_anchor = anchor_ptr + chunk.to(tl.int64) * (H * D * E) + anchor_cell
                 if REVERSE:
                     # <S, dS> at the chunk's end in two parts: the state before the chunk, and the chunk's own writes.
-                    anchored = load_state(at_anchor, anchor_cell, d_index, e_index, D, E, BD, BE)
-                    carry = tl.sum(tl.sum(anchored.to(tl.float32) * state, 1), 0) * (scale * tl.exp2(whole))
+                    anchored = tl.load(at_anchor, mask=in_state, other=0.0).to(tl.float32) * state
+                    carry = tl.sum(tl.sum(anchored, 1), 0) * (scale * tl.exp2(whole))
                     carry += tl.sum(tl.sum(x.to(tl.float32) * y, 1), 0)
                 else:
-                    store_state(at_anchor, anchor_cell, state, d_index, e_index, D, E, BD, BE)
+                    tl.store(at_anchor, state.to(anchor_ptr.dtype.element_ty), mask=in_state)
             y = tl.dot(scores, c, y, input_precision=PRECISION)
             if DECAY_GRADIENT:
                 product = tl.sum(x.to(tl.float32) * y, 1)
+            column = (c * write[:, None]).to(c.dtype)
         at_y = y_ptr + rows[:, None] * (H * E) + e_index[None, :]
-        if E % BE == 0:
-            tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None])
-        else:
-            tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None] & (e_index < E)[None, :])
+        tl.store(at_y, y.to(y_ptr.dtype.element_ty), mask=keep[:, None] & (e_index < E)[None, :])
 
         if DECAY_GRADIENT:
             if REVERSE:
@@ -254,4 +235,4 @@ def scalar_sweep(
     if STORE_FINAL:
         if REVERSE:
             state = state * scale
-        store_state(final_ptr + slot, cell, state, d_index, e_index, D, E, BD, BE)
+        tl.store(final_ptr + slot + cell, state, mask=in_state)
