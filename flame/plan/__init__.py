@@ -126,7 +126,7 @@ def local_stages(model: CausalLM, job: JobConfig, layout: Layout, mesh: Mesh) ->
     blocks = count_blocks(whole, layout.tp)
     length = job.training.seq_len
     shard = cut_sequence(mesh.group("cp"), length, device="meta")[0] if layout.cp > 1 else None
-    exchanges = count_exchanges(whole, microbatch_rows(job), length // layout.cp, shard)
+    exchanges = count_exchanges(whole, layout.tp, microbatch_rows(job), length // layout.cp, shard)
     starts = [stage.first for stage in stages[1:]]
     boundaries = [Boundary(), *(find_boundaries(whole, starts, 64 * layout.tp) if starts else ()), Boundary()]
     by_rank: list[list[LocalStage]] = [[] for _ in range(layout.pp)]

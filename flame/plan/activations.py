@@ -124,15 +124,22 @@ def count_blocks(part: StageModel, tp: int) -> list[BlockActivations]:
 
 
 @torch.no_grad()
-def count_exchanges(part: StageModel, rows: int, tokens: int, shard: SequenceShard | None) -> list[Exchanges]:
-    """What the forward of every block of a whole model on the meta device exchanges, on `rows` x `tokens`."""
+def count_exchanges(part: StageModel, tp: int, rows: int, tokens: int, shard: SequenceShard | None) -> list[Exchanges]:
+    """What the forward of every block of a whole model on the meta device exchanges, on `rows` x `tokens`.
+
+    Without context parallelism (no shard) that grows with the tokens, and a few are enough to count it.
+    """
+    probe = (rows, tokens) if shard is not None else (1, PROBE_LENGTH * tp)
+    scale = rows * tokens / (probe[0] * probe[1])
 
     def count(block: nn.Module, x: Tensor, ctx: Context) -> Exchanges:
         with Exchanges() as exchanges:
             block(x, ctx)
+        for group in exchanges.sent:
+            exchanges.sent[group] *= scale
         return exchanges
 
-    return over_blocks(part, rows, tokens, shard, count)
+    return over_blocks(part, *probe, shard, count)
 
 
 def over_blocks(
