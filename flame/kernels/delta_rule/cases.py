@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from flame.kernels import tiles
 from flame.kernels.checking import Case, Tensors
 from flame.kernels.delta_rule import delta_rule, dplr_delta_rule
+from flame.kernels.delta_rule.plan import tile_key
 
 # Forms of the models: DeltaNet, Gated DeltaNet, its grouped values, DeltaProduct, Comba, Kimi Delta Attention,
 # RWKV-7.
@@ -123,9 +124,8 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     if decay == "key":
         choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
         choices["rows by halves"] = []
-    return {
-        tiles.key(name, decay=decay, K=s.K, V=s.V, dtype=s.dtype): candidates for name, candidates in choices.items()
-    }
+    erase = s.kind in ("comba", "untied")
+    return {tile_key(name, decay, s.K, s.V, s.dtype, erase): candidates for name, candidates in choices.items()}
 
 
 def slices(widths: tuple[int, ...], warps: tuple[int, ...]) -> list[tiles.Tile]:

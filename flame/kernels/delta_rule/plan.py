@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flame.kernels import tiles
+
 CHUNK = 64
 SHORTEST_SEGMENT = 8  # chunks
 
@@ -90,3 +92,9 @@ def _pieces(counts: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
     slot = torch.arange(total, device=counts.device)
     sequence = torch.searchsorted(ends, slot, right=True).clamp(max=counts.numel() - 1)
     return sequence, slot - (ends - counts)[sequence], slot < ends[-1]
+
+
+def tile_key(name: str, decay: str, K: int, V: int, dtype: torch.dtype, erase: bool) -> str:
+    """A sweep that reads an erase direction beside the key holds more in shared memory: it has tiles of its own."""
+    own = {"erase": "own"} if erase and name in ("forward", "reverse") else {}
+    return tiles.key(name, decay=decay, K=K, V=V, dtype=dtype, **own)

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from flame.kernels import tiles
-from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan
+from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan, tile_key
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
 from flame.kernels.delta_rule.triton_keys import gate_rows, key_decay_row_gradients, prepare_keys
@@ -89,7 +89,7 @@ class Call:
 
     def tile(self, name: str, default: dict[str, int]) -> dict[str, int]:
         decay = ("none", "scalar", "key")[self.decay_kind]
-        key = tiles.key(name, decay=decay, K=self.K, V=self.V, dtype=self.q.dtype)
+        key = tile_key(name, decay, self.K, self.V, self.q.dtype, self.erase is not None)
         return dict(tiles.choose(OP, key, default, self.q.device))
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
