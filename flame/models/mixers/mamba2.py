@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.linear_attention import linear_attention
+from flame.kernels.linear_attention.head_scale import scale_heads
 from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
@@ -129,7 +130,7 @@ class Mamba2(Mixer):
         y, state = linear_attention(
             split_heads(read, c.n_groups),
             split_heads(write, c.n_groups),
-            (hidden * dt[..., None]).to(x.dtype),
+            scale_heads(hidden, dt),
             scalar_decay=-torch.exp(self.A_log.float()) * dt,
             scale=1.0,
             initial_state=cached(ctx, "state"),
