@@ -195,8 +195,6 @@ def prepare_chunks(
 ) -> Prepared:
     K, H = k.shape[-1], layout.heads
     tile = _tile("prepare", K, V, k)
-    if bonus is not None:
-        tile = {**tile, "DOTS": 0}
     rows, dtype = tile["BT"], _dot_dtype(k)
     shape = (layout.batch, layout.tokens, H)
     ks = k.new_empty(*shape, K, dtype=dtype)
@@ -373,7 +371,5 @@ def finish_chunks(
     )
     for strong in (False, True):
         tile = _tile("finish_strong" if strong else "finish", K, 0, k)
-        if bonus is not None:  # the tiles that were checked on a GPU with a bonus
-            tile = {"BK": min(32 if k.dtype == torch.float32 else 64, power_of_2(K)), "num_warps": 8, "DOTS": 0}
         finish[(ceil_div(K, tile["BK"]), blocks, layout.items.count * H)](**arguments, STRONG=strong, **tile)
     return dq, dk, ddecay, None if dbonus is None or bonus is None else dbonus.sum(0).to(bonus.dtype)
