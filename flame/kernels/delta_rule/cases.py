@@ -50,6 +50,7 @@ def cases() -> list[Case]:
         ]
     checked += [Shape(kind, 1, 700, 2, 128, 128, strong=True) for kind in ("scalar", "comba", "key")]
     checked += [Shape("scalar", 1, 200, 2, 128, 128, hard=True), Shape("scalar", 1, 4103, 1, 256, 512)]
+    checked.append(Shape("scalar", 1, 1037, 2, 256, 768))  # 512 values and a state's 256 columns: context parallelism
     tuned = [Shape(kind, 8, 4096, 16, 128, 128, state=False) for kind in ("plain", "scalar", "key")]
     tuned += [Shape("scalar", 8, 4096, 6, 256, 512, state=False), Shape("scalar", 8, 4096, 16, 64, 64, state=False)]
     tuned += [Shape("untied", 8, 4096, 32, 64, 64, state=False)]
