@@ -17,6 +17,11 @@ from flame.data.settings import WorkerSettings
 from flame.data.shard import Recipe, Row, Shard
 from flame.errors import CheckpointError, FlameError
 
+# What schedulers and terminals send to every process of a job to have it save and end (Windows has only some of them).
+SCHEDULERS_SIGNALS = {
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+}
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -77,7 +82,7 @@ def start_streams(
     streams: dict[int, Iterator[Row | Failure]] = {}
     for group in groups:
         rows = ShardRows(recipe, group, {number: states[number] for number in group if number in states})
-        stream = iter(rows) if workers.num_workers == 0 else iter(_worker(rows, rows_ahead))
+        stream = iter(rows) if workers.num_workers == 0 else _start(_worker(rows, rows_ahead))
         streams.update(dict.fromkeys(group, stream))
     return streams
 
@@ -111,6 +116,18 @@ def _worker(rows: ShardRows, rows_ahead: int) -> DataLoader:
     )
 
 
+def _start(worker: DataLoader) -> Iterator[Row | Failure]:
+    """Start the process with the scheduler's signals held back, which it inherits: one that comes before the process has
+    said what it does about them waits, and does not end it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(worker)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SCHEDULERS_SIGNALS)
+    try:
+        return iter(worker)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _identity(row: Row | Failure) -> Row | Failure:
     return row  # as NumPy arrays, through a pipe: rows are small, and shared memory is scarce in containers
 
@@ -119,12 +136,16 @@ def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A job that is asked to stop still needs its data until it has reached a step's end and saved. Schedulers signal
     # every process of a job, so of these signals only a termination that comes from the training process counts.
-    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignored = SCHEDULERS_SIGNALS - {signal.SIGTERM}
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)  # held back by `_start`
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULERS_SIGNALS)
 
 
 def _end_when_told_by(pid: int) -> None:
