@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flame.errors import FlameError
-from flame.kernels.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from flame.kernels.collectives import all_to_all, gather_rows, sum_ranks
 
 GATHER_LIMIT = 8  # ranks up to which one all-gather of all states beats log2(ranks) rounds of one state each
 
@@ -64,7 +64,7 @@ class SequenceShard:
 
     def gather(self, x: Tensor) -> Tensor:
         """[ranks, ...]: x of every rank. The gradient is the sum over ranks of those of this rank's slot."""
-        return _Gather.apply(x.contiguous()[None], self.group)
+        return gather_rows(x.contiguous()[None], self.group)
 
     def keys(self, x: Tensor, window: int | None = None) -> Tensor:
         """Own tokens [B, T, ...] -> [B, S + T, ...]: before them those that own queries may see.
@@ -93,7 +93,7 @@ class SequenceShard:
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over ranks, on all of them."""
-        return _Sum.apply(x, self.group) / self.size
+        return sum_ranks(x, self.group) / self.size
 
     def shift(self, x: Tensor, distance: int = 1) -> Tensor:
         """x of the rank `distance` places earlier, zeros where there is none."""
@@ -240,32 +240,6 @@ def refuse_states(op: str, *states: Any) -> None:
         raise FlameError(
             f"{op}: with a sequence shard, states come from and go to the other ranks; give and ask for none."
         )
-
-
-class _Gather(torch.autograd.Function):
-    """[1, ...] of every rank below one another; backwards, the sum over ranks of the gradients of one's own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return reduce_scatter(grads[0], ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks; each rank uses it for its own tokens, so gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_reduce(grads[0], ctx.group), None
 
 
 class _Deal(torch.autograd.Function):

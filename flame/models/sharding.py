@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from flame.errors import ConfigError
-from flame.kernels.collectives import all_gather, all_reduce, all_to_all, reduce_scatter
+from flame.kernels.collectives import all_to_all, gather_rows, scatter_rows, sum_ranks
 
 DEGREE = "parallelism.tensor_parallel_degree"
 
@@ -49,14 +49,14 @@ class TensorParallel:
     def gather(self, x: Tensor, length: int) -> Tensor:
         """Own tokens [B / ranks, T, D] or [B, ceil(T / ranks), D] -> all tokens [B, T, D]; `length` is T."""
         if x.shape[1] == length > 1:
-            return _Gather.apply(x, self.group)
-        return _Gather.apply(x.transpose(0, 1), self.group).transpose(0, 1)[:, :length]
+            return gather_rows(x, self.group)
+        return gather_rows(x.transpose(0, 1), self.group).transpose(0, 1)[:, :length]
 
     def scatter(self, x: Tensor) -> Tensor:
         """Each rank's addend [B, T, D] -> own tokens of the sum."""
         if self.by_rows(*x.shape[:2]):
-            return _Scatter.apply(x, self.group)
-        return _Scatter.apply(self._padded(x).transpose(0, 1), self.group).transpose(0, 1)
+            return scatter_rows(x, self.group)
+        return scatter_rows(self._padded(x).transpose(0, 1), self.group).transpose(0, 1)
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """Own tokens of what all ranks hold alike [B, T, D]."""
@@ -64,15 +64,15 @@ class TensorParallel:
 
     def gather_any(self, x: Tensor) -> Tensor:
         """Own tokens [b, t, D] -> all tokens [ranks * b, t, D], in an order of no meaning; for layers that mix none."""
-        return _Gather.apply(x, self.group)
+        return gather_rows(x, self.group)
 
     def scatter_any(self, x: Tensor) -> Tensor:
         """The sum of every rank's addend for `gather_any`'s tokens -> own ones."""
-        return _Scatter.apply(x, self.group)
+        return scatter_rows(x, self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's addend, on all ranks."""
-        return _Sum.apply(x, self.group)
+        return sum_ranks(x, self.group)
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's equal part along `dim` of what all ranks hold alike."""
@@ -80,7 +80,7 @@ class TensorParallel:
 
     def join(self, x: Tensor) -> Tensor:
         """Every rank's [..., C / ranks] side by side, [..., C]."""
-        return _Gather.apply(x.movedim(-1, 0), self.group).movedim(0, -1)
+        return gather_rows(x.movedim(-1, 0), self.group).movedim(0, -1)
 
     def once(self, x: Tensor) -> Tensor:
         """`x`, which all ranks computed alike, where it joins the loss: every rank passes back its share of the gradient."""
@@ -89,45 +89,6 @@ class TensorParallel:
     def _padded(self, x: Tensor) -> Tensor:
         missing = 0 if self.by_rows(*x.shape[:2]) else -x.shape[1] % self.size
         return F.pad(x, (0, 0, 0, missing)) if missing else x
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks; backwards, the sum over ranks of the gradients of one's own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return reduce_scatter(grads[0], ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    """One's own rows of the sum over ranks; backwards, every rank gets the gradients of all rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_gather(grads[0], ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks; backwards too, since each rank uses the sum in a part of the layer only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return all_reduce(grads[0], ctx.group), None
 
 
 class _Deal(torch.autograd.Function):
