@@ -12,7 +12,7 @@ from flame.kernels.backend import select_backend
 from flame.kernels.head_exchange import whole_rows
 from flame.kernels.log_linear_attention.chunked import chunked
 from flame.kernels.log_linear_attention.levels import by_levels
-from flame.kernels.log_linear_attention.problem import LevelStates, Problem, check
+from flame.kernels.log_linear_attention.problem import LevelStates, Problem, check, kernels_cover
 from flame.kernels.log_linear_attention.reference import recurrence
 from flame.kernels.normalization import l2_norm
 from flame.kernels.sequence import SequenceShard, refuse_states
@@ -51,8 +51,8 @@ def log_linear_attention(  # noqa: PLR0913 (the options of linear attention)
         initial_state: from an earlier call, with the same L. The tokens are then taken one at a time.
         output_final_state: also return the states after the last token, in fp32.
         cu_seqlens: [N + 1] int32 token bounds of the documents packed into the one row of B = 1; they never meet.
-        backend: 'triton' (one pass of the plain op's kernels a level; 'chunked' where states are asked for), 'chunked' or
-            'reference'; None chooses by device (see `select_backend`).
+        backend: 'triton' (for heads above 128 one pass of the plain op's kernels a level; 'chunked' where states are asked
+            for), 'chunked' or 'reference'; None chooses by device (see `select_backend`).
         shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
             cu_seqlens being the bounds in this part. Excludes states.
 
@@ -114,6 +114,10 @@ def _solve(
         o, states = recurrence(p)
         return o, states if final else None
     if name == "triton" and not final and p.v.dtype != torch.float64:
+        if kernels_cover(p):
+            from flame.kernels.log_linear_attention.triton_op import log_linear_attention_triton
+
+            return log_linear_attention_triton(p), None
         return by_levels(p), None
     return chunked(p, final)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from flame.errors import FlameError
 
+WIDEST = 128  # head sizes of keys and values that one tile of the kernels holds
+
 
 class LevelStates(NamedTuple):
     """Decode state. Slot j of `states` [N, L - 1, H, K, V] holds the block of 2^j tokens that bit j of `count` [N] (int64,
@@ -91,6 +93,12 @@ def check(p: Problem) -> None:
             f"cu_seqlens {list(p.cu_seqlens.shape)}. Flatten the batch into the time dimension."
         )
     _check_initial(p)
+
+
+def kernels_cover(p: Problem) -> bool:
+    """Whether the op's own kernels take this problem: no delta rule, one dtype, heads up to `WIDEST`, no states."""
+    small = max(p.q.shape[-1], p.v.shape[-1]) <= WIDEST
+    return p.beta is None and p.initial is None and small and p.q.dtype == p.k.dtype == p.v.dtype != torch.float64
 
 
 def _check_initial(p: Problem) -> None:
