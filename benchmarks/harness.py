@@ -23,7 +23,8 @@ Call = Callable[[Tensors], Tensor]
 class Benchmark:
     """One cell: an op at one shape.
 
-    inputs: (device, seed, small) -> tensors. `small` is the same problem, small enough for the fp64 reference.
+    inputs: (device, seed, small) -> tensors. `small` is the same problem with fewer tokens, few enough for the fp64 reference;
+        heads stay, because peers compile and tune for each number of them.
     implementations: name -> a function that imports the peer and returns its call; ImportError means not installed.
     reference: takes the inputs in fp64.
     constant: floating inputs without gradient.
@@ -171,8 +172,10 @@ def tolerance(errors: Mapping[str, Mapping[str, float]], name: str, own: str) ->
     return max([5e-3, *([1.5 * min(peers)] if peers else [])])
 
 
-def prepare(benchmark: Benchmark, device: torch.device) -> tuple[list[Cell], dict[str, Runner]]:
-    """First calls and gradient checks; runners of the implementations that may be timed."""
+def prepare(
+    benchmark: Benchmark, device: torch.device, report: Callable[[list[Cell]], None]
+) -> tuple[list[Cell], dict[str, Runner]]:
+    """First calls and gradient checks, each reported when done; runners of the implementations that may be timed."""
     cells, calls = {}, {}
     for name, load in benchmark.implementations.items():
         cell = cells[name] = Cell(benchmark.op, benchmark.name, name)
@@ -187,6 +190,9 @@ def prepare(benchmark: Benchmark, device: torch.device) -> tuple[list[Cell], dic
             cell.status = f"not installed: {error}"
         except Exception as error:  # a peer may fail in any way; the others are still measured
             cell.status = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        worst = max(cell.errors.values(), default=float("nan"))
+        print(f"{benchmark.name}, {name}: first call {cell.first_call_s:.1f} s, {cell.status}, {worst:.1e}", flush=True)
+        report(list(cells.values()))
     errors = {name: cell.errors for name, cell in cells.items() if cell.errors}
     runners = {}
     for name, cell in cells.items():
@@ -198,9 +204,19 @@ def prepare(benchmark: Benchmark, device: torch.device) -> tuple[list[Cell], dic
     return list(cells.values()), runners
 
 
-def measure(benchmark: Benchmark, device: torch.device, rounds: int, repeat_ms: int, profiled: str = "") -> list[Cell]:
-    """All cells of one benchmark, implementations interleaved within each round; `profiled` names one to split in kernels."""
-    cells, runners = prepare(benchmark, device)
+def measure(
+    benchmark: Benchmark,
+    device: torch.device,
+    rounds: int,
+    repeat_ms: int,
+    profiled: str = "",
+    report: Callable[[list[Cell]], None] = lambda cells: None,
+) -> list[Cell]:
+    """All cells of one benchmark, implementations interleaved within each round; `profiled` names one to split in kernels.
+
+    `report` is called with the cells as they stand after every first call and every round.
+    """
+    cells, runners = prepare(benchmark, device, report)
     by_name = {cell.implementation: cell for cell in cells}
     for name, runner in runners.items():
         by_name[name].peak_mib = runner.peak_mib()
@@ -218,10 +234,15 @@ def measure(benchmark: Benchmark, device: torch.device, rounds: int, repeat_ms: 
                 getattr(cell, f"eager_{kind}_ms").append(milliseconds(getattr(runner, kind), repeat_ms))
                 if kind in runner.graphs:
                     getattr(cell, f"graph_{kind}_ms").append(milliseconds(runner.graphs[kind].replay, repeat_ms))
+        for cell in cells:
+            summarize(benchmark, cell)
+        report(cells)
     if profiled in runners:
         by_name[profiled].kernels_us = runners[profiled].kernels_us()
-    for cell in cells:
-        best = cell.median("graph_both_ms") if cell.graph_both_ms else cell.median("eager_both_ms")
-        cell.terabytes_per_s = benchmark.bytes_moved / best / 1e9
-        cell.teraflops = benchmark.flops / best / 1e9
     return cells
+
+
+def summarize(benchmark: Benchmark, cell: Cell) -> None:
+    best = cell.median("graph_both_ms") if cell.graph_both_ms else cell.median("eager_both_ms")
+    cell.terabytes_per_s = benchmark.bytes_moved / best / 1e9
+    cell.teraflops = benchmark.flops / best / 1e9

@@ -117,6 +117,13 @@ def plot(cells: list[Cell], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write(cells: list[Cell], facts: dict[str, object], folder: Path) -> None:
+    """Everything known so far, so that a run that is cut short leaves what it has measured."""
+    result = {"machine": facts, "cells": [cell.as_dict() for cell in cells]}
+    (folder / "kernels.json").write_text(json.dumps(result, indent=1))
+    (folder / "kernels.md").write_text(table(cells, facts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", default=[], help="case module, may be repeated; default all")
@@ -134,17 +141,21 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.quick_tuning:
         tune_quickly()
-    facts, cells, begun = machine(device), [], time.perf_counter()
+    facts, begun = machine(device), time.perf_counter()
+    cells: list[Cell] = []
     for benchmark in find(args.op, args.case):
         if time.perf_counter() - begun > args.seconds:
             print(f"No time left for {benchmark.name}.")
             continue
-        cells += measure(benchmark, device, args.rounds, args.repeat_ms, OURS if args.profile else "")
+        done = list(cells)
+
+        def report(new: list[Cell], done: list[Cell] = done) -> None:
+            write([*done, *new], facts, args.out)
+
+        cells += measure(benchmark, device, args.rounds, args.repeat_ms, OURS if args.profile else "", report)
         torch.cuda.empty_cache()
-        result = {"machine": facts, "cells": [cell.as_dict() for cell in cells]}
-        (args.out / "kernels.json").write_text(json.dumps(result, indent=1))
-        (args.out / "kernels.md").write_text(table(cells, facts))
-        print(table(cells[-len(benchmark.implementations) :], {}), flush=True)
+        report(cells[len(done) :])
+        print(table(cells[len(done) :], {}), flush=True)
         for cell in cells[-len(benchmark.implementations) :]:
             for kernel, microseconds in cell.kernels_us.items():
                 print(f"    {microseconds:9.1f} us  {kernel}", flush=True)

@@ -14,7 +14,7 @@ def make_inputs(shape: tuple[int, ...], device: torch.device, seed: int, small: 
     """x [B, T, H, P], dt [B, T, H] after its softplus, A [H] negative, B and C [B, T, 1, N]."""
     batch, T, H, P, N = shape
     if small:
-        batch, T, H = 1, 1031, 4
+        batch, T = 1, 1031
     g = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:

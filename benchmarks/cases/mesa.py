@@ -15,7 +15,7 @@ STEPS = 30
 def make_inputs(shape: tuple[int, ...], decay: float, device: torch.device, seed: int, small: bool) -> Tensors:
     B, T, H, K = shape
     if small:
-        B, T, H = 1, 1031, 2
+        B, T = 1, 1031
     g = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:

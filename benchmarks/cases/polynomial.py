@@ -15,7 +15,7 @@ SCORES = {"based": ((1.0, 1.0, 0.5), 1e-6), "rebased": ((0.0, 0.0, 1.0), 1e-5)}
 def make_inputs(shape: tuple[int, ...], device: torch.device, seed: int, small: bool) -> Tensors:
     B, T, H, d, V = shape
     if small:
-        B, T, H = 1, 1031, 2
+        B, T = 1, 1031
     g = torch.Generator(device=device).manual_seed(seed)
     sizes = zip("qkv", (d, d, V))
     return {name: torch.randn(B, T, H, width, generator=g, device=device).bfloat16() for name, width in sizes}
