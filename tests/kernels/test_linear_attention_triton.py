@@ -9,7 +9,7 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 import torch
 
 from flame.kernels import tiles
-from flame.kernels.linear_attention import linear_attention, triton_layout, triton_wide
+from flame.kernels.linear_attention import linear_attention, triton_chunk_passes, triton_layout, triton_wide
 from tests.kernels.test_linear_attention import KINDS, H, K, V, inputs, run
 
 TOLERANCE = 1e-5
@@ -134,3 +134,16 @@ def test_compiles_without_a_graph_break():
     expected, _ = linear_attention(**call, backend="chunked")
     (want,) = torch.autograd.grad(expected.square().sum(), call["q"])
     torch.testing.assert_close(dq, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["head", "scalar"])
+@pytest.mark.parametrize("heads", [(2, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("strong", [False, True])
+def test_gradients_of_chunks_equal_the_recurrence(kind, heads, strong, monkeypatch):
+    monkeypatch.setattr(triton_chunk_passes, "takes", lambda *arguments: True)  # fp32 too, which leaves no rounding
+    check_triton(inputs(kind, 130, strong=strong, batch=1, heads=heads), tolerance=3e-5)
+
+
+def test_gradients_of_chunks_in_bf16_leave_the_decay_no_error_that_piles_up():
+    call = inputs("scalar", 200, batch=1, heads=(1, 1, 1))
+    check_triton(call, tolerance=6e-3, dtype=torch.bfloat16)

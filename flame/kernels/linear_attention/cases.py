@@ -46,6 +46,13 @@ def cases() -> list[Case]:
             Shape(kind, 1, 200, (2, 2, 2), 64, 64, fp16, state=True),
         ]
     checked += [Shape(kind, 1, 700, (2, 2, 2), 128, 128, strong=True) for kind in KINDS[2:]]
+    # Many heads that share queries and keys, as Mamba-2 has them: enough rows that one program walks several heads.
+    checked += [
+        Shape("scalar", 1, 700, (2, 2, 64), 128, 64),
+        Shape("scalar", 1, 4096 + 7, (1, 1, 16), 128, 64, state=True),
+    ]
+    checked += [Shape("scalar", 1, RAGGED[-1], (1, 1, 16), 128, 64, packed=True, state=True)]
+    checked += [Shape("scalar", 1, 700, (1, 1, 64), 128, 64, strong=True)]
     tuned = [Shape(kind, 8, 4096, (16, 16, 16), K, V) for kind in KINDS[:5] for K, V in ((128, 128), (64, 64))]
     tuned += [Shape("head", 8, 4096, (8, 8, 8), 256, 256), Shape("key", 8, 4096, (4, 4, 4), 256, 256)]
     tuned += [Shape("scalar", 8, 4096, (1, 1, 64), 128, 64), Shape("key", 8, 4096, (4, 4, 4), 128, 256)]

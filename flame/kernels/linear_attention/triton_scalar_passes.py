@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flame.kernels import tiles
+from flame.kernels.linear_attention import triton_chunk_passes
 from flame.kernels.linear_attention.triton_boundary import boundary_states
 from flame.kernels.linear_attention.triton_layout import (
     Layout,
@@ -111,6 +112,13 @@ def backward(
             layout, q, do, _boundary_decay(rates), rows=BOUNDARY_ROWS, reverse=True, initial=after, final=dinitial
         )
         dinitial = None
+    if triton_chunk_passes.takes(layout, q, k, decay_gradient):
+        sums = rates.within(triton_chunk_passes.ROWS) if isinstance(rates, ChunkSums) else rates
+        *gradients, ddecay = triton_chunk_passes.backward(
+            layout, tensors, sums, before, after, dinitial, decay_gradient
+        )
+        dq, dk, dv = (sum_groups(d, x.shape[2]) for d, x in zip(gradients, (q, k, v)))
+        return dq, dk, dv, None if ddecay is None or decay is None else _decay_gradient(layout, ddecay, decay)
     gradient = _gradient_buffers(layout, q) if decay_gradient and decay is not None else None
     dq = sweep("dq", layout, (do, v, k), rates, initial=before, gradient=gradient, other=q)
     dk = sweep("dk", layout, (v, do, q), rates, initial=after, gradient=gradient, other=k)
@@ -119,9 +127,14 @@ def backward(
     if gradient is None or decay is None:
         return dq, dk, dv, None
     ddecay = gradient.ddecay.sum(0) if gradient.ddecay.shape[0] > 1 else gradient.ddecay[0]
+    return dq, dk, dv, _decay_gradient(layout, ddecay, decay)
+
+
+def _decay_gradient(layout: Layout, ddecay: Tensor, decay: Tensor) -> Tensor:
+    """That of a decay's heads, in its dtype, from that of every row and head."""
     ddecay = ddecay.view(layout.batch, layout.tokens, layout.decay_heads, -1)
     ddecay = ddecay.sum(-1) if layout.decay_heads < layout.heads else ddecay.squeeze(-1)
-    return dq, dk, dv, (ddecay.sum((0, 1)) if layout.kind == "head" else ddecay).to(decay.dtype)
+    return (ddecay.sum((0, 1)) if layout.kind == "head" else ddecay).to(decay.dtype)
 
 
 def _rates(layout: Layout, decay: Tensor | None) -> Tensor | ChunkSums | None:
