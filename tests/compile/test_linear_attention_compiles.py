@@ -33,6 +33,15 @@ def test_scalar_sweeps_compile_for_hopper():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["scalar:128:128:bfloat16:1", "scalar:128:64:bfloat16:4", "head:256:256:bfloat16:1"])
+def test_gradients_by_roles_compile_for_hopper(case):
+    kernels = compile_cases(case)
+    check(kernels)
+    roles = [kernel for kernel in kernels if kernel["name"] in ("role_gradients", "group_gradients")]
+    assert roles and all(kernel["wgmma"] for kernel in roles)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["head:256:512:bfloat16", "key:128:128:bfloat16", "bonus:64:64:bfloat16"])
 def test_every_family_compiles_for_hopper(case):
     check(compile_cases(case))

@@ -136,14 +136,52 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(dq, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["head", "scalar"])
+CHUNKS = {"FORM": triton_chunk_passes.CHUNKS, "num_warps": 4, "num_stages": 1}
+ROLES = {"FORM": triton_chunk_passes.ROLES, "BV": 16, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.fixture(params=[CHUNKS, ROLES], ids=["chunks", "roles"])
+def parallel(request, monkeypatch):
+    """Gradients in parallel over chunks, in fp32 too, which leaves no rounding."""
+    monkeypatch.setattr(triton_chunk_passes, "choose", lambda *arguments: request.param)
+    monkeypatch.setattr(
+        tiles, "multiprocessors", lambda device: 1
+    )  # few programs suffice: one walks all heads of a group
+
+
+@pytest.mark.parametrize("kind", ["none", "head", "scalar"])
 @pytest.mark.parametrize("heads", [(2, 2, 2), (2, 1, 2)])
 @pytest.mark.parametrize("strong", [False, True])
-def test_gradients_of_chunks_equal_the_recurrence(kind, heads, strong, monkeypatch):
-    monkeypatch.setattr(triton_chunk_passes, "takes", lambda *arguments: True)  # fp32 too, which leaves no rounding
+def test_gradients_of_chunks_equal_the_recurrence(kind, heads, strong, parallel):
     check_triton(inputs(kind, 130, strong=strong, batch=1, heads=heads), tolerance=3e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "head", "scalar"])
+@pytest.mark.parametrize("heads", [(1, 1, 4), (2, 2, 4)])
+def test_gradients_of_chunks_sum_over_heads_that_share_keys(kind, heads, parallel):
+    check_triton(inputs(kind, 130, batch=1, heads=heads))
+
+
+def test_gradients_of_chunks_sum_over_tiles_of_values(parallel):
+    g = torch.Generator().manual_seed(0)
+    q, k, v, decay = (torch.randn(1, 70, *size, generator=g).double() for size in ((1, 5), (1, 5), (2, 37), (2,)))
+    call = {"q": q, "k": k, "v": v, "scalar_decay": -decay.abs()}
+    check_triton({name: x.requires_grad_() for name, x in call.items()})
+
+
+def test_packed_documents_never_meet_in_gradients_of_chunks(parallel):
+    bounds = [0, 1, 1, 66, 80]
+    call = inputs("scalar", bounds[-1], batch=1, state=False, heads=(1, 1, 2))
+    call["initial_state"] = torch.randn(len(bounds) - 1, 2, K, V, dtype=torch.float64).requires_grad_()
+    check_triton(call, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
 def test_gradients_of_chunks_in_bf16_leave_the_decay_no_error_that_piles_up():
-    call = inputs("scalar", 200, batch=1, heads=(1, 1, 1))
-    check_triton(call, tolerance=6e-3, dtype=torch.bfloat16)
+    check_triton(inputs("scalar", 200, batch=1, heads=(1, 1, 1)), tolerance=6e-3, dtype=torch.bfloat16)
+
+
+def test_the_table_chooses_who_makes_the_gradients():
+    key = triton_layout.backward_key("scalar", K, V, True, torch.bfloat16)
+    call = inputs("scalar", 70, batch=1, heads=(1, 1, 2))
+    with tiles.using("linear_attention", {key: ROLES}):
+        check_triton(call, tolerance=6e-3, dtype=torch.bfloat16)

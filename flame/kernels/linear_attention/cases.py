@@ -11,6 +11,7 @@ from flame.kernels import tiles
 from flame.kernels.checking import RAGGED, Case, Tensors
 from flame.kernels.linear_attention import linear_attention
 from flame.kernels.linear_attention.head_scale import scale_heads
+from flame.kernels.linear_attention.triton_layout import backward_key, states_key
 from flame.kernels.linear_attention.triton_wide import parts
 
 KINDS = ("none", "head", "scalar", "key", "value", "bonus")
@@ -133,13 +134,37 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     """Keys of the kernels a problem launches, as the passes ask for them, and tiles worth timing."""
     K, V = s.K // parts(s.K), s.V // parts(s.V)
     if s.kind in ("none", "head", "scalar"):
-        sizes = {"forward": (K, V), "dq": (V, K), "dk": (V, K), "dv": (K, V)}
-        return {tiles.key(name, kind=s.kind, D=D, E=E, dtype=s.dtype): sweeps() for name, (D, E) in sizes.items()}
+        return sweep_keys(s, K, V)
     K, V = (V, K) if s.kind == "value" else (K, V)
     choices = {"prepare": prepares(), "key": vectors("BV"), "inter": vectors("BK")}
     found = {tiles.key(name, K=K, V=V, dtype=s.dtype): tried for name, tried in choices.items()}
     finishing = {"finish": finishes()}
     return found | {tiles.key(name, K=K, V=0, dtype=s.dtype): tried for name, tried in finishing.items()}
+
+
+def sweep_keys(s: Shape, K: int, V: int) -> dict[str, list[tiles.Tile]]:
+    sizes = {"forward": (K, V), "dq": (V, K), "dk": (V, K), "dv": (K, V)}
+    found = {tiles.key(name, kind=s.kind, D=D, E=E, dtype=s.dtype): sweeps() for name, (D, E) in sizes.items()}
+    if s.dtype == torch.float32:
+        return found
+    readers = s.heads[0] if s.heads[0] == s.heads[1] else 0
+    shared = K == s.K and (0 < readers < max(s.heads) or V < s.V)
+    found[backward_key(s.kind, K, V, shared, s.dtype)] = backwards(max(K, V))
+    if s.kind == "scalar" and readers == max(s.heads) and max(s.K, s.V) <= 128:
+        found[states_key(s.kind, K, V, s.dtype)] = states()
+    return found
+
+
+def backwards(width: int) -> list[tiles.Tile]:
+    """Ways to make the gradients of heads of up to `width`: see `triton_chunk_passes`."""
+    rows = [(64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (64, 8, 2), (128, 4, 1)]
+    roles = [{"FORM": 2, "BV": bv, "num_warps": warps, "num_stages": stages} for bv, warps, stages in rows]
+    return [{"FORM": 0}, *([{"FORM": 1, "num_warps": 4, "num_stages": 1}] if width <= 128 else []), *roles]
+
+
+def states() -> list[tiles.Tile]:
+    rows = [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)]
+    return [{"BK": bk, "BV": bv, "num_warps": warps, "num_stages": stages} for bk, bv, warps, stages in rows]
 
 
 def sweeps() -> list[tiles.Tile]:

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flame.kernels import tiles
+
 ANCHOR = 512  # rows between the states kept for the gradient of a decay per channel
 
 
@@ -137,3 +139,15 @@ def sum_groups(gradient: Tensor, heads: int) -> Tensor:
     if gradient.shape[2] == heads:
         return gradient
     return gradient.unflatten(2, (heads, -1)).sum(3)
+
+
+@lru_cache(maxsize=1024)
+def backward_key(kind: str, K: int, V: int, shared: bool, dtype: torch.dtype) -> str:
+    """The key of a backward pass's tile; `shared` if queries and keys have the same heads, fewer than values have."""
+    return tiles.key("backward", kind=kind, K=K, V=V, shared=shared, dtype=dtype)
+
+
+@lru_cache(maxsize=1024)
+def states_key(kind: str, K: int, V: int, dtype: torch.dtype) -> str:
+    """The key of the tile of states around every chunk."""
+    return tiles.key("states", kind=kind, K=K, V=V, dtype=dtype)

@@ -112,10 +112,11 @@ def backward(
             layout, q, do, _boundary_decay(rates), rows=BOUNDARY_ROWS, reverse=True, initial=after, final=dinitial
         )
         dinitial = None
-    if triton_chunk_passes.takes(layout, q, k, decay_gradient):
+    tile = triton_chunk_passes.choose(layout, q, k, decay_gradient)
+    if tile["FORM"] != triton_chunk_passes.SWEEPS:
         sums = rates.within(triton_chunk_passes.ROWS) if isinstance(rates, ChunkSums) else rates
         *gradients, ddecay = triton_chunk_passes.backward(
-            layout, tensors, sums, before, after, dinitial, decay_gradient
+            tile, layout, tensors, sums, (before, after, dinitial), decay_gradient
         )
         dq, dk, dv = (sum_groups(d, x.shape[2]) for d, x in zip(gradients, (q, k, v)))
         return dq, dk, dv, None if ddecay is None or decay is None else _decay_gradient(layout, ddecay, decay)
@@ -133,7 +134,7 @@ def backward(
 def _decay_gradient(layout: Layout, ddecay: Tensor, decay: Tensor) -> Tensor:
     """That of a decay's heads, in its dtype, from that of every row and head."""
     ddecay = ddecay.view(layout.batch, layout.tokens, layout.decay_heads, -1)
-    ddecay = ddecay.sum(-1) if layout.decay_heads < layout.heads else ddecay.squeeze(-1)
+    ddecay = ddecay.sum(-1) if ddecay.shape[-1] > 1 else ddecay.squeeze(-1)
     return (ddecay.sum((0, 1)) if layout.kind == "head" else ddecay).to(decay.dtype)
 
 
