@@ -22,20 +22,21 @@ from flame.kernels.linear_attention.triton_layout import (
 )
 
 ROWS = 64  # of a chunk
-SWEEPS, CHUNKS, ROLES = (
-    0,
-    1,
-    2,
-)  # FORM of a tile, by who makes the gradients: `triton_scalar`, `triton_chunks`, `triton_roles`
+# FORM of a tile, by who makes the gradients: `triton_scalar`, `triton_chunks`, `triton_roles`.
+SWEEPS, CHUNKS, ROLES = 0, 1, 2
 
 
 def choose(layout: Layout, q: Tensor, k: Tensor, decay_gradient: bool) -> tiles.Tile:
-    """How gradients are made, with the tile of the kernel that does: as a GPU has checked it, unless the table says else."""
+    """How gradients are made, with the tile of the kernel that does. Heads that share keys, or are wide, are made by roles;
+    sweeps, which store no states, serve the rest, but for a decay per token, which they would have to spill for."""
     if q.dtype == torch.float32:
         return {"FORM": SWEEPS}
-    own, shared = (q.shape[2] == k.shape[2] == layout.heads), q.shape[2] == k.shape[2] < layout.heads
-    known = own and decay_gradient and layout.kind == "scalar" and max(layout.K, layout.V) <= 128
-    default = {"FORM": CHUNKS, "num_warps": 4, "num_stages": 1} if known else {"FORM": SWEEPS}
+    shared = q.shape[2] == k.shape[2] < layout.heads
+    default: tiles.Tile = {"FORM": SWEEPS}
+    if shared or max(layout.K, layout.V) > 128:
+        default = {"FORM": ROLES, "BV": min(64, power_of_2(layout.V)), "num_warps": 4, "num_stages": 2}
+    elif q.shape[2] == k.shape[2] and decay_gradient and layout.kind == "scalar":
+        default = {"FORM": CHUNKS, "num_warps": 4, "num_stages": 1}
     key = backward_key(layout.kind, layout.K, layout.V, shared, q.dtype)
     return tiles.choose("linear_attention", key, default, q.device)
 
