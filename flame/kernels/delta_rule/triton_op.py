@@ -12,7 +12,8 @@ from flame.kernels import tiles
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan, tile_key
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
-from flame.kernels.delta_rule.triton_keys import gate_rows, key_decay_row_gradients, prepare_keys
+from flame.kernels.delta_rule.triton_key_gradients import key_gradients
+from flame.kernels.delta_rule.triton_keys import form_keys, invert_systems, prepare_keys
 from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, prepare
 from flame.kernels.delta_rule.triton_sweep import forward_sweep, merge_segments, reverse_sweep
 
@@ -193,24 +194,25 @@ def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict
     moderate = c.new(M, H, dtype=torch.int32)
     seen, read, written = (c.new(*heads) for _ in range(3))
     kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
-    norm = {"NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS}
+    merge = options.pop("MERGE")
     # Powers of two by which rows can be scaled without leaving the dtype's range.
     steepest = 6.0 if c.q.dtype == torch.float16 else 96.0
-    gate_rows[(M * H,)](
-        c.q, c.k, c.erase, c.decay, c.plan.chunks, total, factor, moderate, seen, read, written, c.scale,
-        **c.strides("q", "k", "a"), **sizes, **kind, **norm, STEEPEST=steepest,
-        **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
+    vectors, inverse, square = tables
+    system = c.new(M, H, CHUNK, CHUNK, dtype=torch.float32) if scores else None
+    form_keys[(M * H,)](
+        c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, total, factor, moderate, seen, read, written, vectors, system,
+        square, c.scale, **c.strides("q", "k", "a"), **sizes, **kind, **options, STEEPEST=steepest, SCORES=scores,
+        **c.tile("form" if scores else "gate", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
     )  # fmt: skip
     if scores:
-        for kernel, name, width, selected in (
-            (prepare, "prepare", 32, c.kind()),
-            (prepare_keys, "prepare by halves", 16, kind),
-        ):
-            default = {"SLICE": min(width, padded(c.K)), "num_warps": 1, "num_stages": 1}
-            kernel[(M * H,)](
-                c.q, c.k, c.erase, c.beta, total, moderate, c.plan.chunks, *tables, c.scale,
-                **c.strides("q", "k", "a"), **sizes, **selected, **options, **c.tile(name, default),
-            )  # fmt: skip
+        invert_systems[(M * H,)](
+            system, inverse, C=CHUNK, MERGE=merge, **c.tile("invert", {"num_warps": 1, "num_stages": 1})
+        )
+        default = {"SLICE": min(16, padded(c.K)), "num_warps": 1, "num_stages": 1}
+        prepare_keys[(M * H,)](
+            c.q, c.k, c.erase, c.beta, total, moderate, c.plan.chunks, *tables, c.scale, MERGE=merge,
+            **c.strides("q", "k", "a"), **sizes, **kind, **options, **c.tile("prepare by halves", default),
+        )  # fmt: skip
     gated = replace(c, q=seen, k=written, erase=read)
     return Prepared(gated, *tables, total=total, factor=factor, moderate=moderate)
 
@@ -392,7 +394,7 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
         kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
         default = {"TK": tile["TK"], "BV": 64, "num_warps": 4, "num_stages": 1}
         for halves, chosen in enumerate((tile, c.tile("rows by halves", default))):
-            key_decay_row_gradients[(M * H * parts,)](
+            key_gradients[(M * H * parts,)](
                 c.q, c.k, erase, do, p.total, p.moderate, *tensors, c.scale, rows, HALVES=halves, **kind, **options,
                 **chosen,
             )  # fmt: skip
