@@ -9,7 +9,8 @@ import torch
 
 from flame.kernels import tiles
 from flame.kernels.delta_rule.cases import Shape, make_case
-from flame.kernels.delta_rule.triton_op import delta_rule_triton  # noqa: F401  (registers the operators)
+from flame.kernels.delta_rule.triton_dplr_op import dplr_triton  # noqa: F401  (registers the operators)
+from flame.kernels.delta_rule.triton_op import delta_rule_triton  # noqa: F401
 
 
 def main(words):

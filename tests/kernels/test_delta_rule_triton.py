@@ -30,7 +30,7 @@ def test_sweeps_equal_recurrence(variant):
     check(variant, make_inputs(variant, B=1, T=70, H=1, K=16, V=16))
 
 
-@pytest.mark.parametrize("variant,K,V", [("scalar", 24, 40), ("scalar", 160, 16), ("key", 24, 40)])
+@pytest.mark.parametrize("variant,K,V", [("scalar", 24, 40), ("scalar", 160, 16), ("key", 24, 40), ("untied", 72, 40)])
 def test_sizes_that_are_no_powers_of_two_are_masked(variant, K, V):
     check(variant, make_inputs(variant, B=1, T=70, H=1, K=K, V=V))
 
@@ -42,7 +42,7 @@ def test_rows_of_a_batch_and_strided_views_stay_apart():
     check("scalar", inputs)
 
 
-@pytest.mark.parametrize("variant", ["plain", "scalar", "comba", "key"])
+@pytest.mark.parametrize("variant", ["plain", "scalar", "comba", "key", "untied"])
 def test_bf16_stays_within_rounding_of_the_recurrence(variant):
     inputs = make_inputs(variant, B=1, T=70, H=1, K=32, V=16)
     check(variant, inputs, tolerance=1e-2, dtype=torch.bfloat16)
@@ -86,7 +86,7 @@ def test_packed_documents_never_meet(variant):
     check(variant, inputs, cu_seqlens=bounds)
 
 
-@pytest.mark.parametrize("variant,packed", [("scalar", False), ("scalar", True), ("key", False)])
+@pytest.mark.parametrize("variant,packed", [("scalar", False), ("scalar", True), ("key", False), ("untied", True)])
 def test_long_sequences_cut_in_segments_equal_the_recurrence(variant, packed, monkeypatch):
     monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 1)
     inputs = make_inputs(variant, B=1, T=290, H=1, K=16, V=16, states=3 if packed else 1)
@@ -100,18 +100,19 @@ def test_states_merge_by_parts_where_keys_are_wide(monkeypatch):
     check("scalar", make_inputs("scalar", B=1, T=130, H=1, K=136, V=16))
 
 
-@pytest.mark.parametrize("variant", ["scalar", "key"])
+@pytest.mark.parametrize("variant", ["scalar", "key", "untied"])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65])
 def test_lengths_around_a_chunk_agree(variant, tokens):
     # One token through the kernels too, though the op would take the recurrence for it.
     check(variant, make_inputs(variant, B=1, T=tokens, H=1, K=16, V=16))
 
 
-def test_operator_has_fakes_and_compiles_whole():
-    inputs = make_inputs("scalar", B=1, T=70, H=1, K=16, V=16, dtype=torch.float32)
+@pytest.mark.parametrize("variant", ["scalar", "untied"])
+def test_operator_has_fakes_and_compiles_whole(variant):
+    inputs = make_inputs(variant, B=1, T=70, H=1, K=16, V=16, dtype=torch.float32)
 
     def loss(*tensors):
-        o, final = call("scalar", dict(zip(inputs, tensors)), backend="triton")
+        o, final = call(variant, dict(zip(inputs, tensors)), backend="triton")
         return o.square().sum() + final.sum()
 
     tensors = list(inputs.values())

@@ -13,7 +13,6 @@ from flame.kernels.delta_rule.problem import (
     Problem,
     Tied,
     Untied,
-    as_two_steps,
     check_tied,
     check_untied,
     expand_steps,
@@ -162,6 +161,7 @@ def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
 
         if isinstance(p, Tied):
             return delta_rule_triton(p)
-        o, final = delta_rule_triton(as_two_steps(p))
-        return o[:, 1::2], final
+        from flame.kernels.delta_rule.triton_dplr_op import dplr_triton
+
+        return dplr_triton(p)
     return chunked(p)

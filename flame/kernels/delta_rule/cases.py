@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from flame.kernels import tiles
 from flame.kernels.checking import Case, Tensors
 from flame.kernels.delta_rule import delta_rule, dplr_delta_rule
-from flame.kernels.delta_rule.plan import tile_key
+from flame.kernels.delta_rule.plan import LAUNCHES, tile_key
 
 # Forms of the models: DeltaNet, Gated DeltaNet, its grouped values, DeltaProduct, Comba, Kimi Delta Attention,
 # RWKV-7.
@@ -40,15 +40,17 @@ def cases() -> list[Case]:
     checked = [Shape(kind, 2, 200, 2, 128, 128) for kind in KINDS]
     checked += [Shape(kind, 2, 200, 2, 64, 64) for kind in ("plain", "scalar", "key", "untied")]
     checked += [Shape("scalar", 2, 200, 1, 256, 512), Shape("scalar", 2, 200, 2, 96, 192)]
-    for kind in ("scalar", "key"):
-        checked += [Shape(kind, 2, tokens, 2, 128, 128) for tokens in (1, 63, 64, 65)]
-        checked += [Shape(kind, 1, 200, 2, 128, 128, torch.float16)]
+    for kind, width in (("scalar", 128), ("key", 128), ("untied", 64)):
+        checked += [Shape(kind, 2, tokens, 2, width, width) for tokens in (1, 63, 64, 65)]
+        checked += [Shape(kind, 1, 200, 2, width, width, torch.float16)]
     for kind in ("plain", "scalar", "key", "untied"):
         checked += [
             Shape(kind, 1, 4096 + 7, 2, 128, 128),  # long enough to be cut in segments
             Shape(kind, 1, LENGTHS[-1], 2, 128, 128, packed=True),
         ]
     checked += [Shape(kind, 1, 700, 2, 128, 128, strong=True) for kind in ("scalar", "comba", "key")]
+    checked += [Shape("untied", 1, 700, 2, 64, 64, strong=True), Shape("untied", 1, 4096 + 7, 2, 64, 64)]
+    checked += [Shape("untied", 1, LENGTHS[-1], 2, 64, 64, packed=True)]
     checked += [Shape("scalar", 1, 200, 2, 128, 128, hard=True), Shape("scalar", 1, 4103, 1, 256, 512)]
     checked.append(Shape("scalar", 1, 1037, 2, 256, 768))  # 512 values and a state's 256 columns: context parallelism
     tuned = [Shape(kind, 8, 4096, 16, 128, 128, state=False) for kind in ("plain", "scalar", "key")]
@@ -120,13 +122,25 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
 def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     """Keys of the kernels that a problem of this shape may launch, and tiles worth timing."""
     decay = {"plain": "none", "key": "key", "untied": "key"}.get(s.kind, "scalar")
-    choices = {"prepare": slices((32, 64), (1, 2)), "merge": [], "rows": rows(), "scores": scores()}
-    choices |= {name: sweeps(s.K) for name in ("forward", "states", "reverse", "maps", "reverse maps")}
-    if decay == "key":
-        choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
-        choices["rows by halves"] = []
-    erase = s.kind in ("comba", "untied")
-    return {tile_key(name, decay, s.K, s.V, s.dtype, erase): candidates for name, candidates in choices.items()}
+    swept = ("forward", "states", "reverse", "maps", "reverse maps")
+    if s.kind == "untied":
+        choices = {f"dplr {name}": sweeps(s.K) for name in swept} | {"invert": inversions(), "merge": []}
+        choices |= {f"dplr {name}": slices((32, 64), (4, 8)) for name in ("form", "gate")}
+        choices |= {f"dplr gradients {'+'.join(parts).lower()}": rows() for parts in LAUNCHES}
+    else:
+        choices = {"merge": [], "rows": rows(), "scores": scores()} | {name: sweeps(s.K) for name in swept}
+    if s.kind == "key":
+        choices |= {name: slices((32, 64, 128), (4, 8)) for name in ("form", "gate")} | {"invert": inversions()}
+        choices |= {"prepare by halves": slices((16, 32), (1,)), "rows by halves": []}
+    elif s.kind != "untied":
+        choices["prepare"] = slices((32, 64), (1, 2))
+    return {
+        tile_key(name, decay, s.K, s.V, s.dtype, s.kind == "comba"): candidates for name, candidates in choices.items()
+    }
+
+
+def inversions() -> list[tiles.Tile]:
+    return [{"num_warps": warps, "num_stages": 1} for warps in (1, 2)]
 
 
 def slices(widths: tuple[int, ...], warps: tuple[int, ...]) -> list[tiles.Tile]:

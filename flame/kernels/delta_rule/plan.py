@@ -12,6 +12,8 @@ from flame.kernels import tiles
 
 CHUNK = 64
 SHORTEST_SEGMENT = 8  # chunks
+# The gradients that each launch makes where the transition is diagonal plus low rank (see triton_dplr_gradients).
+LAUNCHES = (("READS",), ("WRITES", "VALUES"))
 
 
 @dataclass(frozen=True)
