@@ -13,6 +13,7 @@ from flame.kernels.delta_rule.problem import (
     Problem,
     Tied,
     Untied,
+    as_two_steps,
     check_tied,
     check_untied,
     expand_steps,
@@ -161,7 +162,10 @@ def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
 
         if isinstance(p, Tied):
             return delta_rule_triton(p)
-        from flame.kernels.delta_rule.triton_dplr_op import dplr_triton
+        from flame.kernels.delta_rule.triton_dplr_op import dplr_triton, one_row_a_token
 
-        return dplr_triton(p)
+        if one_row_a_token(p):
+            return dplr_triton(p)
+        o, final = delta_rule_triton(as_two_steps(p))
+        return o[:, 1::2], final
     return chunked(p)

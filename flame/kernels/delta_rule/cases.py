@@ -16,6 +16,7 @@ from flame.kernels.delta_rule.plan import LAUNCHES, tile_key
 # Forms of the models: DeltaNet, Gated DeltaNet, its grouped values, DeltaProduct, Comba, Kimi Delta Attention,
 # RWKV-7.
 KINDS = ("plain", "scalar", "grouped", "product", "comba", "key", "untied")
+SWEEPS = ("forward", "states", "reverse", "maps", "reverse maps")
 LENGTHS = (0, 5, 5, 75, 76, 140, 270, 970)  # bounds of ragged documents: short, none, odd, one token, a chunk, long
 # What bf16 keeps of pseudo-values and inverted systems adds up along a chunk; the peers store the same.
 TOLERANCE = 1e-2
@@ -122,25 +123,18 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
 def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     """Keys of the kernels that a problem of this shape may launch, and tiles worth timing."""
     decay = {"plain": "none", "key": "key", "untied": "key"}.get(s.kind, "scalar")
-    swept = ("forward", "states", "reverse", "maps", "reverse maps")
+    choices = {"prepare": slices((32, 64), (1, 2)), "merge": [], "rows": rows(), "scores": scores()}
+    choices |= {name: sweeps(s.K) for name in SWEEPS}
+    if decay == "key":
+        choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
+        choices |= {"rows by halves": [], "prepare kernels": [{"APART": 1}], "gradient kernels": [{"IN_TURN": 1}]}
+        choices |= {"form": [], "form rows": [], "invert": []}  # launched where those are chosen
     if s.kind == "untied":
-        choices = {f"dplr {name}": sweeps(s.K) for name in swept} | {"invert": inversions(), "merge": []}
-        choices |= {f"dplr {name}": slices((32, 64), (4, 8)) for name in ("form", "gate")}
-        choices |= {f"dplr gradients {'+'.join(parts).lower()}": rows() for parts in LAUNCHES}
-    else:
-        choices = {"merge": [], "rows": rows(), "scores": scores()} | {name: sweeps(s.K) for name in swept}
-    if s.kind == "key":
-        choices |= {name: slices((32, 64, 128), (4, 8)) for name in ("form", "gate")} | {"invert": inversions()}
-        choices |= {"prepare by halves": slices((16, 32), (1,)), "rows by halves": []}
-    elif s.kind != "untied":
-        choices["prepare"] = slices((32, 64), (1, 2))
-    return {
-        tile_key(name, decay, s.K, s.V, s.dtype, s.kind == "comba"): candidates for name, candidates in choices.items()
-    }
-
-
-def inversions() -> list[tiles.Tile]:
-    return [{"num_warps": warps, "num_stages": 1} for warps in (1, 2)]
+        choices["rows a token"] = [{"ROWS": 1}]
+        names = (*SWEEPS, "form", "gate", *("gradients " + "+".join(parts).lower() for parts in LAUNCHES))
+        choices |= {f"dplr {name}": [] for name in names}  # likewise
+    erase = s.kind in ("comba", "untied")
+    return {tile_key(name, decay, s.K, s.V, s.dtype, erase): candidates for name, candidates in choices.items()}
 
 
 def slices(widths: tuple[int, ...], warps: tuple[int, ...]) -> list[tiles.Tile]:

@@ -3,6 +3,9 @@
 As in `triton_gradients`, whose `score_gradients` forms what is C x C. One gradient is made after the other, so that no more
 than three tiles of sums are held at once; that of the decay is gathered on the way. Where one pivot serves the chunk, rows
 carry their decay since the pivot; other chunks are halved again and again (see `triton_keys`).
+
+The decay's gradient is a suffix sum in which a pair of rows cancels unless the sum's start is between them. It is taken from
+the rounded rows that enter the products, of which both rows of a pair see the same.
 """
 
 from __future__ import annotations
@@ -153,10 +156,10 @@ def key_gradients(
     if ERASE:
         erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, WHOLE)
     dk = dk * (tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None])
-    dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk, 0)
+    dtotal = -(k * dk)
+    dwhole = overlap * tl.exp2(whole) - tl.sum(dtotal, 0)
     dscores_t = tl.load(dscore_ptr + square + row[:, None] + row[None, :] * C)
     dsystem_t = tl.load(dsystem_ptr + square + row[:, None] + row[None, :] * C)
-    dsystem_t = (dsystem_t * beta[None, :]).to(dtype)
     if HALVES:
         half = C // 2
         while half > 0:
@@ -164,17 +167,19 @@ def key_gradients(
             chosen = pairs_transposed(row, half)
             decay = tl.exp2(-tl.abs(total - pivot))
             change = tl.dot(tl.where(chosen, dscores_t, 0.0), (q * decay).to(dtype), input_precision=DOT)
-            right = (erase * tl.exp2(tl.minimum(read - pivot, 0.0))).to(dtype)
+            right = (erase * (tl.exp2(tl.minimum(read - pivot, 0.0)) * beta[:, None])).to(dtype)
             change = tl.dot(tl.where(chosen, dsystem_t, 0.0), right, change, input_precision=DOT)
             dk += decay * change
+            dtotal -= (k * decay).to(dtype) * change
             half = half // 2
     else:
         pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
         change = tl.dot(dscores_t, (q * tl.exp2(total - pivot[None, :])).to(dtype), input_precision=DOT)
-        right = (erase * tl.exp2(read - pivot[None, :])).to(dtype)
+        right = (erase * (tl.exp2(read - pivot[None, :]) * beta[:, None])).to(dtype)
         change = tl.dot(dsystem_t, right, change, input_precision=DOT)
-        dk += tl.exp2(pivot[None, :] - total) * change
-    dtotal = -(k * dk)
+        decay = tl.exp2(pivot[None, :] - total)
+        dk += decay * change
+        dtotal -= (k * decay).to(dtype) * change
     dk += own[:, None] * q
     v_du = tl.load(sums + V_DU * C)
     w_du = tl.load(sums + W_DU * C)
@@ -187,24 +192,28 @@ def key_gradients(
     dq = times_state(do_ptr, state_ptr, row, stride_ot, keep, channel, in_keys, V, BV, WHOLE, DOT)
     total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, WHOLE)
     k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, WHOLE)
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, WHOLE)
     dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
     if HALVES:
         dq = dq * (tl.exp2(total) * q_length[:, None])
+        dtotal += q * dq
         half = C // 2
         while half > 0:
             pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
             decay = tl.exp2(-tl.abs(total - pivot))
             change = tl.dot(tl.where(pairs(row, half), dscores, 0.0), (k * decay).to(dtype), input_precision=DOT)
             dq += decay * change
+            dtotal += (q * decay).to(dtype) * change
             half = half // 2
     else:
         pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
         # What the state gives is decayed from the chunk's start: by e^p more than what the keys give.
         dq = dq * (tl.exp2(pivot)[None, :] * q_length[:, None])
         dq = tl.dot(dscores, (k * tl.exp2(pivot[None, :] - total)).to(dtype), dq, input_precision=DOT)
-        dq = dq * tl.exp2(total - pivot[None, :])
-    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, WHOLE).to(tl.float32)
-    dtotal += q * dq
+        decay = tl.exp2(total - pivot[None, :])
+        dtotal += (q * decay).to(dtype) * dq
+        dq = dq * decay
+    q = q.to(tl.float32)
     dq += own[:, None] * k
     o_do = tl.load(sums + O_DO * C)
     store_rows(dq_ptr + at_key, dq, q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
@@ -216,30 +225,34 @@ def key_gradients(
     if EXCLUSIVE:
         read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, WHOLE)
     k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, WHOLE)
+    a = k
+    if ERASE:
+        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, WHOLE)
     dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
     if HALVES:
         da = da * (tl.exp2(read) * -a_length[:, None])
+        erased = a * (beta[:, None] * da)
         half = C // 2
         while half > 0:
             pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
             key = (k * tl.exp2(-tl.abs(total - pivot))).to(dtype)
             change = tl.dot(tl.where(pairs(row, half), dsystem, 0.0), key, input_precision=DOT)
-            da += tl.exp2(tl.minimum(read - pivot, 0.0)) * change
+            decay = tl.exp2(tl.minimum(read - pivot, 0.0))
+            da += decay * change
+            erased += (a * (decay * beta[:, None])).to(dtype) * change
             half = half // 2
     else:
         pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
         da = da * (tl.exp2(pivot)[None, :] * -a_length[:, None])
         da = tl.dot(dsystem, (k * tl.exp2(pivot[None, :] - total)).to(dtype), da, input_precision=DOT)
-        da = da * tl.exp2(read - pivot[None, :])
-    a = k
-    if ERASE:
-        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, WHOLE)
+        decay = tl.exp2(read - pivot[None, :])
+        erased = (a * (decay * beta[:, None])).to(dtype) * da
+        da = da * decay
     a = a.to(tl.float32)
     if HAS_BETA:
         part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
         tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + tl.sum(a * da, 1), mask=keep)
     da = da * beta[:, None]
-    erased = a * da
     dtotal += erased
     ddecay = (tl.sum(dtotal, 0) + dwhole)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
     if EXCLUSIVE:
