@@ -8,35 +8,21 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 
 import torch
 
-from flame.kernels import tiles
 from flame.kernels.delta_rule import plan
 from tests.kernels.test_delta_rule import call, gradients, make_inputs
 
-# Kernels that a table may choose beside the default ones.
-CHOICES = {"prepare kernels": {"APART": 1}, "gradient kernels": {"IN_TURN": 1}, "rows a token": {"ROWS": 1}}
 VARIANTS = ["plain", "scalar", "key", "comba", "erase", "grouped", "product", "no_beta", "untied"]
-
-
-def chosen(inputs, dtype):
-    K, V = inputs["k"].shape[-1], inputs["v"].shape[-1]
-    names = {tiles.key(name, decay="key", K=K, V=V, dtype=dtype): tile for name, tile in CHOICES.items()}
-    return tiles.using("delta_rule", names)
 
 
 def check(variant, inputs, tolerance=2e-5, dtype=torch.float32, **options):
     rounded = {n: x.detach().to(torch.float32 if n == "initial_state" else dtype) for n, x in inputs.items()}
     exact = {name: x.double().requires_grad_() for name, x in rounded.items()}
-    wanted = gradients(variant, exact, backend="reference", **options)
-    leaves = {name: x.requires_grad_() for name, x in rounded.items()}
-    runs = [gradients(variant, leaves, backend="triton", **options)]
-    if variant in ("key", "untied"):
-        with chosen(inputs, dtype):
-            runs.append(gradients(variant, leaves, backend="triton", **options))
-    for got in runs:
-        for name, have, want in zip(["o", "final", *inputs], got, wanted):
-            assert torch.isfinite(have).all(), name
-            error = (have.double() - want).norm() / want.norm().clamp(min=1e-3)
-            assert error < tolerance, (name, error.item())
+    got = gradients(variant, {name: x.requires_grad_() for name, x in rounded.items()}, backend="triton", **options)
+    names = ["o", "final", *inputs]
+    for name, have, want in zip(names, got, gradients(variant, exact, backend="reference", **options)):
+        assert torch.isfinite(have).all(), name
+        error = (have.double() - want).norm() / want.norm().clamp(min=1e-3)
+        assert error < tolerance, (name, error.item())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -130,8 +116,7 @@ def test_operator_has_fakes_and_compiles_whole(variant):
         return o.square().sum() + final.sum()
 
     tensors = list(inputs.values())
-    with chosen(inputs, torch.float32):
-        want = torch.autograd.grad(loss(*tensors), tensors)
-        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-        for got, expected in zip(torch.autograd.grad(compiled(*tensors), tensors), want):
-            torch.testing.assert_close(got, expected)
+    want = torch.autograd.grad(loss(*tensors), tensors)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for got, expected in zip(torch.autograd.grad(compiled(*tensors), tensors), want):
+        torch.testing.assert_close(got, expected)

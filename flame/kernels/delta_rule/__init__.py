@@ -13,7 +13,6 @@ from flame.kernels.delta_rule.problem import (
     Problem,
     Tied,
     Untied,
-    as_two_steps,
     check_tied,
     check_untied,
     expand_steps,
@@ -158,14 +157,11 @@ def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
                 f"delta_rule: no kernel for this form, keys of {p.k.shape[-1]} channels or {p.q.dtype}; leave backend "
                 "at None or take 'chunked'."
             )
-        from flame.kernels.delta_rule.triton_op import delta_rule_triton
-
         if isinstance(p, Tied):
-            return delta_rule_triton(p)
-        from flame.kernels.delta_rule.triton_dplr_op import dplr_triton, one_row_a_token
+            from flame.kernels.delta_rule.triton_op import delta_rule_triton
 
-        if one_row_a_token(p):
-            return dplr_triton(p)
-        o, final = delta_rule_triton(as_two_steps(p))
-        return o[:, 1::2], final
+            return delta_rule_triton(p)
+        from flame.kernels.delta_rule.triton_dplr_op import dplr_triton
+
+        return dplr_triton(p)
     return chunked(p)

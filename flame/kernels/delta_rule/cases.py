@@ -123,16 +123,14 @@ def make_inputs(s: Shape, device: torch.device, seed: int) -> Tensors:
 def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     """Keys of the kernels that a problem of this shape may launch, and tiles worth timing."""
     decay = {"plain": "none", "key": "key", "untied": "key"}.get(s.kind, "scalar")
-    choices = {"prepare": slices((32, 64), (1, 2)), "merge": [], "rows": rows(), "scores": scores()}
+    choices = {"form": slices((64, 128), (4, 8)), "invert": [], "merge": [], "rows": rows(), "scores": scores()}
     choices |= {name: sweeps(s.K) for name in SWEEPS}
     if decay == "key":
-        choices |= {"gate": slices((32, 64, 128), (4, 8)), "prepare by halves": slices((16, 32), (1,))}
-        choices |= {"rows by halves": [], "prepare kernels": [{"APART": 1}], "gradient kernels": [{"IN_TURN": 1}]}
-        choices |= {"form": [], "form rows": [], "invert": []}  # launched where those are chosen
+        choices |= {"form rows": slices((32, 64, 128), (4, 8)), "form by halves": slices((16, 32), (1,))}
+        choices["rows by halves"] = []
     if s.kind == "untied":
-        choices["rows a token"] = [{"ROWS": 1}]
         names = (*SWEEPS, "form", "gate", *("gradients " + "+".join(parts).lower() for parts in LAUNCHES))
-        choices |= {f"dplr {name}": [] for name in names}  # likewise
+        choices = {"invert": [], "merge": [], **{f"dplr {name}": [] for name in names}}
     erase = s.kind in ("comba", "untied")
     return {tile_key(name, decay, s.K, s.V, s.dtype, erase): candidates for name, candidates in choices.items()}
 

@@ -164,29 +164,6 @@ def kernels_cover(p: Problem) -> bool:
     return narrow and one_dtype and p.k.shape[-1] <= (128 if by_channel else WIDEST_KEY) and p.q.shape[1] > 0
 
 
-def as_two_steps(p: Untied) -> Tied:
-    """The untied form as the tied one with two rows a token: the first decays the state and adds b (a^T S), by an
-    exclusive read of `a` where nothing new is written; the second adds k v^T, with nothing read."""
-
-    def rows(first: Tensor, second: Tensor) -> Tensor:
-        return torch.stack([first, second], 2).flatten(1, 2)
-
-    nothing = torch.zeros_like(p.k)
-    return Tied(
-        q=rows(nothing, p.q),
-        k=rows(-p.b, p.k),
-        v=rows(torch.zeros_like(p.v), p.v),
-        beta=None,
-        decay=rows(p.decay.float(), torch.zeros_like(p.decay, dtype=torch.float32)),
-        erase=rows(p.a, nothing),
-        exclusive=True,
-        normalize=False,
-        scale=p.scale,
-        initial_state=p.initial_state,
-        cu_seqlens=None if p.cu_seqlens is None else p.cu_seqlens * 2,
-    )
-
-
 def _check_rows(op: str, q: Tensor, k: Tensor, v: Tensor, steps: int, cu_seqlens: Tensor | None) -> None:
     B, T = q.shape[:2]
     if v.dim() != 4 or k.shape[:2] != (B, T * steps) or v.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:

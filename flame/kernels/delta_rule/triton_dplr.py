@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flame.kernels.delta_rule.triton_keys import pairs, pivots
+from flame.kernels.delta_rule.triton_key_forms import pairs, pivots
 from flame.kernels.delta_rule.triton_prepare import BLOCK, LOG2E, tile_of
 from flame.kernels.delta_rule.triton_sweep import FIRST, LAST, load_rows
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from flame.kernels.delta_rule.triton_dplr import AK, MATRICES, QK
-from flame.kernels.delta_rule.triton_keys import pairs, pairs_transposed, pivots
+from flame.kernels.delta_rule.triton_key_forms import pairs, pairs_transposed, pivots
 from flame.kernels.delta_rule.triton_prepare import pivot_row, state_tile, tile_of
 
 

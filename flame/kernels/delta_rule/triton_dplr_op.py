@@ -8,8 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flame.kernels import tiles
-from flame.kernels.delta_rule.plan import CHUNK, LAUNCHES, make_plan, tile_key
+from flame.kernels.delta_rule.plan import CHUNK, LAUNCHES, make_plan
 from flame.kernels.delta_rule.problem import Untied
 from flame.kernels.delta_rule.triton_dplr import (
     MATRICES,
@@ -19,16 +18,10 @@ from flame.kernels.delta_rule.triton_dplr import (
     reverse_dplr,
 )
 from flame.kernels.delta_rule.triton_dplr_gradients import gradients_dplr
-from flame.kernels.delta_rule.triton_key_forms import invert_systems
-from flame.kernels.delta_rule.triton_op import OP, Call, cut_of, padded, run_merge, sweep_tile
+from flame.kernels.delta_rule.triton_op import Call, cut_of, padded, run_merge, sweep_tile
+from flame.kernels.delta_rule.triton_prepare import invert_systems
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor decay, Tensor? initial_state, Tensor? cu_seqlens"
-
-
-def one_row_a_token(p: Untied) -> bool:
-    """Whether this module is chosen for sizes like these, and not the tied form by two rows a token."""
-    key = tile_key("rows a token", "key", p.k.shape[-1], p.v.shape[-1], p.q.dtype, False)
-    return tiles.choose(OP, key, {"ROWS": 2}, p.q.device)["ROWS"] == 1
 
 
 def dplr_triton(p: Untied) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,4 @@
-"""Gradients of a chunk's inputs where the decay is per key channel: dk, then dq, then the erase key's, in one kernel.
-
-As in `triton_gradients`, whose `score_gradients` forms what is C x C. One gradient is made after the other, so that no more
-than three tiles of sums are held at once; that of the decay is gathered on the way. Where one pivot serves the chunk, rows
-carry their decay since the pivot; other chunks are halved again and again (see `triton_keys`).
-
-The decay's gradient is a suffix sum in which a pair of rows cancels unless the sum's start is between them. It is taken from
-the rounded rows that enter the products, of which both rows of a pair see the same.
-"""
+"""Gradients of the rows of chunks whose decay is per key channel; of pivots and halves see `triton_key_forms`."""
 
 from __future__ import annotations
 
@@ -14,7 +6,7 @@ import triton
 import triton.language as tl
 
 from flame.kernels.delta_rule.triton_gradients import O_DO, OWN, SUMS, V_DU, W_DU, store_rows
-from flame.kernels.delta_rule.triton_keys import pairs, pairs_transposed, pivots
+from flame.kernels.delta_rule.triton_key_forms import pairs, pairs_transposed, pivots
 from flame.kernels.delta_rule.triton_prepare import (
     A_LENGTH,
     BETA,
@@ -28,32 +20,7 @@ from flame.kernels.delta_rule.triton_prepare import (
 
 
 @triton.jit
-def times_state(
-    x_ptr,  # [C, V] at the chunk's first row
-    state_ptr,  # [K, V]
-    row,
-    stride,
-    keep,
-    channel,
-    in_keys,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    WHOLE: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Rows x times the transpose of a state's rows `channel`, [C, TK] fp32."""
-    product = tl.zeros([row.shape[0], channel.shape[0]], tl.float32)
-    for offset in range(0, V, BV):
-        column = offset + tl.arange(0, BV)
-        inside = column < V
-        x = tile_of(x_ptr, row, stride, column, keep, inside, V % BV == 0)
-        state = state_tile(state_ptr, channel, V, column, in_keys, inside, WHOLE and V % BV == 0)
-        product = tl.dot(x, tl.trans(state), product, input_precision=DOT)
-    return product
-
-
-@triton.jit
-def key_gradients(
+def key_decay_row_gradients(
     q_ptr,
     k_ptr,
     a_ptr,
@@ -66,8 +33,8 @@ def key_gradients(
     dstate_ptr,  # [chunks, H, K, V]
     write_ptr,  # [T, H, V]
     du_ptr,  # [T, H, V]
-    dscore_ptr,  # [chunks, H, C, C], without decays
-    dsystem_ptr,  # [chunks, H, C, C], without decays
+    dscore_ptr,
+    dsystem_ptr,
     sum_ptr,
     dq_ptr,  # [T, H, K]
     dk_ptr,
@@ -98,8 +65,8 @@ def key_gradients(
     HALVES: tl.constexpr,  # serve the chunks that are not moderate, by halving; else the others
     DOT: tl.constexpr,
 ):
+    """As triton_gradients.row_gradients; dscores and dsystem come without their decays."""
     TILES: tl.constexpr = (K + TK - 1) // TK
-    WHOLE: tl.constexpr = K % TK == 0
     tile = tl.program_id(0) % TILES
     program = tl.program_id(0) // TILES
     chunk, head = program // H, program % H
@@ -114,52 +81,126 @@ def key_gradients(
     keep = row < length
     channel = tile * TK + tl.arange(0, TK)
     in_keys = channel < K
-    mask = keep[:, None] & in_keys[None, :]
     block = program.to(tl.int64)
     vector = vector_ptr + block * (ROWS * C) + row
-    sums = sum_ptr + block * (SUMS * C) + row
     state_ptr += block * (K * V)
     dstate_ptr += block * (K * V)
     do_ptr += start * stride_ot + head * stride_oh
     at_value = (start * H + head) * V
     at_key = (start * H + head) * K
     total_ptr += at_key
+    # The decay's own gradient would need all of dq, da and dk at once; it is gathered as each of them is done.
+    dq = tl.zeros([C, TK], tl.float32)
+    da = tl.zeros([C, TK], tl.float32)
+    overlap = tl.zeros([TK], tl.float32)  # <S, dS'> by key
+    for offset in range(0, V, BV):
+        column = offset + tl.arange(0, BV)
+        inside = column < V
+        do = tile_of(do_ptr, row, stride_ot, column, keep, inside, V % BV == 0)
+        du = tile_of(du_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        state = state_tile(state_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
+        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
+        dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
+        da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
+        overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     q_ptr += start * stride_qt + (head // GROUP) * stride_qh
     k_ptr += start * stride_kt + (head // GROUP) * stride_kh
     if ERASE:
         a_ptr += start * stride_at + (head // GROUP) * stride_ah
     square = block * (C * C)
-    pivot_at = total_ptr + pivot_row(length, C) * H * K + channel
-
-    # dk, and what the decay gets from it.
-    dk = times_state(write_ptr + at_value, dstate_ptr, row, H * V, keep, channel, in_keys, V, BV, WHOLE, DOT)
-    overlap = tl.zeros([TK], tl.float32)  # <S, dS'> by key
-    for offset in range(0, V, BV):
-        column = offset + tl.arange(0, BV)
-        inside = column < V
-        state = state_tile(state_ptr, channel, V, column, in_keys, inside, WHOLE and V % BV == 0)
-        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, WHOLE and V % BV == 0)
-        overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, WHOLE)
-    read = total
-    if EXCLUSIVE:
-        read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, WHOLE)
-    whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
     beta = tl.load(vector + BETA * C)
     k_length = tl.load(vector + K_LENGTH * C)
     a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
-    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
+    pivot_at = total_ptr + pivot_row(length, C) * H * K + channel
+    sums = sum_ptr + block * (SUMS * C) + row
     own = tl.load(sums + OWN * C)
-    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, WHOLE)
-    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, WHOLE)
+    mask = keep[:, None] & in_keys[None, :]
+
+    # dq and da.
+    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
+    read = total
+    if EXCLUSIVE:
+        read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, K % TK == 0)
+    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
+    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
+    dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
+    dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
+    if HALVES:
+        dq = dq * (tl.exp2(total) * q_length[:, None])
+        da = da * (tl.exp2(read) * -a_length[:, None])
+        half = C // 2
+        while half > 0:
+            pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
+            chosen = pairs(row, half)
+            decay = tl.exp2(-tl.abs(total - pivot))
+            key = (k * decay).to(dtype)
+            dq += decay * tl.dot(tl.where(chosen, dscores, 0.0), key, input_precision=DOT)
+            change = tl.dot(tl.where(chosen, dsystem, 0.0), key, input_precision=DOT)
+            da += tl.exp2(tl.minimum(read - pivot, 0.0)) * change
+            half = half // 2
+    else:
+        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
+        key = (k * tl.exp2(pivot[None, :] - total)).to(dtype)
+        opened = tl.exp2(pivot)[None, :]
+        # What the state gives is decayed from the chunk's start: by e^p more than what the keys give.
+        dq = tl.dot(dscores, key, dq * (opened * q_length[:, None]), input_precision=DOT)
+        da = tl.dot(dsystem, key, da * (opened * -a_length[:, None]), input_precision=DOT)
+        dq = dq * tl.exp2(total - pivot[None, :])
+        da = da * tl.exp2(read - pivot[None, :])
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0).to(tl.float32)
+    dtotal = q * dq
+    dq += own[:, None] * k
+    at = row[:, None] * (H * K) + channel[None, :]
+    o_do = tl.load(sums + O_DO * C)
+    store_rows(dq_ptr + at_key, dq, q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
+    a = k
+    if ERASE:
+        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0)
+    erased = a * da
+    v_du = tl.load(sums + V_DU * C)
+    if HAS_BETA:
+        part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
+        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + tl.sum(erased, 1), mask=keep)
+    da = da * beta[:, None]
+    erased = erased * beta[:, None]
+    dtotal += erased
+    w_du = tl.load(sums + W_DU * C)
+    along = w_du
+    if EXCLUSIVE:
+        # The erase read does not see its own row's decay.
+        ddecay = tl.sum(dtotal, 0)[None, :] - tl.cumsum(dtotal, 0) + dtotal - erased
+        tl.store(ddecay_ptr + at_key + at, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
+        dtotal = tl.zeros([C, TK], tl.float32)
+    if ERASE:
+        along_a = w_du - v_du * beta
+        store_rows(da_ptr + at_key, da, a, a_length, along_a, row, H * K, channel, mask, NORMALIZE)
+        da = tl.zeros([C, TK], tl.float32)
+    else:
+        along = 2.0 * w_du - v_du * beta
+
+    # dk, which `da` joins where the erase key is the key.
+    dk = tl.zeros([C, TK], tl.float32)
+    for offset in range(0, V, BV):
+        column = offset + tl.arange(0, BV)
+        inside = column < V
+        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
+        dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
+    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
+    whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
+    dk = dk * (tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None])
+    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0).to(tl.float32)
+    dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk, 0)
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
+    read = total
+    if EXCLUSIVE:
+        read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, K % TK == 0)
     erase = k
     if ERASE:
-        erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, WHOLE)
-    dk = dk * (tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None])
-    dtotal = -(k * dk)
-    dwhole = overlap * tl.exp2(whole) - tl.sum(dtotal, 0)
+        erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0).to(tl.float32)
     dscores_t = tl.load(dscore_ptr + square + row[:, None] + row[None, :] * C)
     dsystem_t = tl.load(dsystem_ptr + square + row[:, None] + row[None, :] * C)
+    dsystem_t = (dsystem_t * beta[None, :]).to(dtype)
     if HALVES:
         half = C // 2
         while half > 0:
@@ -167,99 +208,21 @@ def key_gradients(
             chosen = pairs_transposed(row, half)
             decay = tl.exp2(-tl.abs(total - pivot))
             change = tl.dot(tl.where(chosen, dscores_t, 0.0), (q * decay).to(dtype), input_precision=DOT)
-            right = (erase * (tl.exp2(tl.minimum(read - pivot, 0.0)) * beta[:, None])).to(dtype)
+            right = (erase * tl.exp2(tl.minimum(read - pivot, 0.0))).to(dtype)
             change = tl.dot(tl.where(chosen, dsystem_t, 0.0), right, change, input_precision=DOT)
             dk += decay * change
-            dtotal -= (k * decay).to(dtype) * change
             half = half // 2
     else:
         pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
         change = tl.dot(dscores_t, (q * tl.exp2(total - pivot[None, :])).to(dtype), input_precision=DOT)
-        right = (erase * (tl.exp2(read - pivot[None, :]) * beta[:, None])).to(dtype)
+        right = (erase * tl.exp2(read - pivot[None, :])).to(dtype)
         change = tl.dot(dsystem_t, right, change, input_precision=DOT)
-        decay = tl.exp2(pivot[None, :] - total)
-        dk += decay * change
-        dtotal -= (k * decay).to(dtype) * change
-    dk += own[:, None] * q
-    v_du = tl.load(sums + V_DU * C)
-    w_du = tl.load(sums + W_DU * C)
-    along_a = w_du - v_du * beta
-    if ERASE:
-        wide = k.to(tl.float32)
-        store_rows(dk_ptr + at_key, dk, wide, k_length, w_du, row, H * K, channel, mask, NORMALIZE)
-
-    # dq.
-    dq = times_state(do_ptr, state_ptr, row, stride_ot, keep, channel, in_keys, V, BV, WHOLE, DOT)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, WHOLE)
-    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, WHOLE)
-    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, WHOLE)
-    dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
-    if HALVES:
-        dq = dq * (tl.exp2(total) * q_length[:, None])
-        dtotal += q * dq
-        half = C // 2
-        while half > 0:
-            pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
-            decay = tl.exp2(-tl.abs(total - pivot))
-            change = tl.dot(tl.where(pairs(row, half), dscores, 0.0), (k * decay).to(dtype), input_precision=DOT)
-            dq += decay * change
-            dtotal += (q * decay).to(dtype) * change
-            half = half // 2
-    else:
-        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
-        # What the state gives is decayed from the chunk's start: by e^p more than what the keys give.
-        dq = dq * (tl.exp2(pivot)[None, :] * q_length[:, None])
-        dq = tl.dot(dscores, (k * tl.exp2(pivot[None, :] - total)).to(dtype), dq, input_precision=DOT)
-        decay = tl.exp2(total - pivot[None, :])
-        dtotal += (q * decay).to(dtype) * dq
-        dq = dq * decay
-    q = q.to(tl.float32)
-    dq += own[:, None] * k
-    o_do = tl.load(sums + O_DO * C)
-    store_rows(dq_ptr + at_key, dq, q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
-
-    # The erase key's, which joins dk where the erase key is the key.
-    da = times_state(du_ptr + at_value, state_ptr, row, H * V, keep, channel, in_keys, V, BV, WHOLE, DOT)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, WHOLE)
-    read = total
-    if EXCLUSIVE:
-        read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, WHOLE)
-    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, WHOLE)
-    a = k
-    if ERASE:
-        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, WHOLE)
-    dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
-    if HALVES:
-        da = da * (tl.exp2(read) * -a_length[:, None])
-        erased = a * (beta[:, None] * da)
-        half = C // 2
-        while half > 0:
-            pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
-            key = (k * tl.exp2(-tl.abs(total - pivot))).to(dtype)
-            change = tl.dot(tl.where(pairs(row, half), dsystem, 0.0), key, input_precision=DOT)
-            decay = tl.exp2(tl.minimum(read - pivot, 0.0))
-            da += decay * change
-            erased += (a * (decay * beta[:, None])).to(dtype) * change
-            half = half // 2
-    else:
-        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
-        da = da * (tl.exp2(pivot)[None, :] * -a_length[:, None])
-        da = tl.dot(dsystem, (k * tl.exp2(pivot[None, :] - total)).to(dtype), da, input_precision=DOT)
-        decay = tl.exp2(read - pivot[None, :])
-        erased = (a * (decay * beta[:, None])).to(dtype) * da
-        da = da * decay
-    a = a.to(tl.float32)
-    if HAS_BETA:
-        part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
-        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + tl.sum(a * da, 1), mask=keep)
-    da = da * beta[:, None]
-    dtotal += erased
+        dk += tl.exp2(pivot[None, :] - total) * change
+    dtotal -= k * dk
     ddecay = (tl.sum(dtotal, 0) + dwhole)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
     if EXCLUSIVE:
-        ddecay -= erased  # the erase read does not see its own row's decay
-    at = row[:, None] * (H * K) + channel[None, :]
+        tl.debug_barrier()  # other threads may have stored what this one loads
+        ddecay += tl.load(ddecay_ptr + at_key + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(ddecay_ptr + at_key + at, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
-    if ERASE:
-        store_rows(da_ptr + at_key, da, a, a_length, along_a, row, H * K, channel, mask, NORMALIZE)
-    else:
-        store_rows(dk_ptr + at_key, dk + da, a, k_length, w_du + along_a, row, H * K, channel, mask, NORMALIZE)
+    dk += own[:, None] * q + da
+    store_rows(dk_ptr + at_key, dk, k, k_length, along, row, H * K, channel, mask, NORMALIZE)

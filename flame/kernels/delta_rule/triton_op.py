@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -12,10 +13,9 @@ from flame.kernels import tiles
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan, tile_key
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
-from flame.kernels.delta_rule.triton_key_forms import form_keys, invert_systems
-from flame.kernels.delta_rule.triton_key_gradients import key_gradients
-from flame.kernels.delta_rule.triton_keys import gate_rows, key_decay_row_gradients, prepare_keys
-from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, prepare
+from flame.kernels.delta_rule.triton_key_forms import form_keys, form_keys_by_halves
+from flame.kernels.delta_rule.triton_key_gradients import key_decay_row_gradients
+from flame.kernels.delta_rule.triton_prepare import KEY, NONE, ROWS, SCALAR, form_scores, invert_systems
 from flame.kernels.delta_rule.triton_sweep import forward_sweep, merge_segments, reverse_sweep
 
 OP = "delta_rule"
@@ -167,88 +167,56 @@ def run_prepare(c: Call, saved: tuple[Tensor, Tensor, Tensor] | None = None) -> 
     M, H = c.cut.num_chunks, c.H
     if saved is None:
         vectors = c.new(M, H, ROWS.value, CHUNK, dtype=torch.float32)
-        square = (c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK))
+        inverse, scores = c.new(M, H, CHUNK, CHUNK), c.new(M, H, CHUNK, CHUNK)
+        system = c.new(M, H, CHUNK, CHUNK, dtype=torch.float32)
     else:
-        vectors, *square = saved
-    sizes = {name: value for name, value in c.sizes().items() if name not in ("V", "BK")}
-    options = {
-        "HAS_BETA": c.beta is not None,
-        "NORMALIZE": c.normalize,
-        "NORM_EPS": NORM_EPS,
-        "DOT": c.precision(),
-        "MERGE": c.exact(),
-    }
+        vectors, inverse, scores = saved
+        system = None
+    made = Prepared(c, vectors, inverse, scores)
     if c.decay_kind == KEY.value:
-        return _prepare_keys(c, (vectors, *square), saved is None, sizes, options)
-    if saved is None:
-        default = {"SLICE": min(64, padded(c.K)), "num_warps": 1, "num_stages": 1}
-        prepare[(M * H,)](
-            c.q, c.k, c.erase, c.beta, c.decay, None, c.plan.chunks, vectors, *square, c.scale,
-            **c.strides("q", "k", "a"), **sizes, **c.kind(), **options, **c.tile("prepare", default),
+        made = _form_keys(made, system)
+    elif system is not None:
+        form_scores[(M * H,)](
+            c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, vectors, system, scores, c.scale, DECAY=c.decay_kind,
+            **_form_options(c), **c.tile("form", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
         )  # fmt: skip
-    return Prepared(c, vectors, *square)
+    if system is not None:
+        tile = c.tile("invert", {"num_warps": 1, "num_stages": 1})
+        invert_systems[(M * H,)](system, inverse, C=CHUNK, MERGE=c.exact(), **tile)
+    return made
 
 
-def _prepare_keys(c: Call, tables: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict) -> Prepared:
+def _form_options(c: Call) -> dict[str, Any]:
+    sizes = {name: value for name, value in c.sizes().items() if name not in ("V", "BK")}
+    kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
+    norm = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, "NORM_EPS": NORM_EPS}
+    return {**c.strides("q", "k", "a"), **sizes, **kind, **norm, "DOT": c.precision()}
+
+
+def _form_keys(made: Prepared, system: Tensor | None) -> Prepared:
+    """Rows times their decay; the scores too where there is a `system` [M, H, C, C] to be formed."""
+    c = made.call
     M, H, heads = c.cut.num_chunks, c.H, (*c.q.shape[:2], c.H, c.K)
     total, factor = c.new(*heads, dtype=torch.float32), c.new(M, H, c.K, dtype=torch.float32)
     moderate = c.new(M, H, dtype=torch.int32)
-    gated = tuple(c.new(*heads) for _ in range(3))
-    kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
-    made = (total, factor, moderate, *gated)
-    apart = c.tile("prepare kernels", {"APART": 0})["APART"]
-    (_form_apart if apart else _form)(c, tables, made, scores, {**c.strides("q", "k", "a"), **sizes, **kind}, options)
-    if scores:
-        default = {"SLICE": min(16, padded(c.K)), "num_warps": 1, "num_stages": 1}
-        prepare_keys[(M * H,)](
-            c.q, c.k, c.erase, c.beta, total, moderate, c.plan.chunks, *tables, c.scale,
-            **c.strides("q", "k", "a"), **sizes, **kind, **options, **c.tile("prepare by halves", default),
-        )  # fmt: skip
-    seen, read, written = gated
-    rows = replace(c, q=seen, k=written, erase=read)
-    return Prepared(rows, *tables, total=total, factor=factor, moderate=moderate)
-
-
-def _steepest(c: Call) -> float:
-    """Powers of two by which rows can be scaled without leaving the dtype's range."""
-    return 6.0 if c.q.dtype == torch.float16 else 96.0
-
-
-def _form(
-    c: Call, tables: tuple[Tensor, ...], made: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict
-) -> None:
-    """Rows times their decay, then the scores and the inverse."""
-    norm = {name: options[name] for name in ("NORMALIZE", "NORM_EPS")}
-    gate_rows[(c.cut.num_chunks * c.H,)](
-        c.q, c.k, c.erase, c.decay, c.plan.chunks, *made, c.scale, **sizes, **norm, STEEPEST=_steepest(c),
-        **c.tile("gate", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
-    )  # fmt: skip
-    if scores:
-        total, _, moderate, *_ = made
-        default = {"SLICE": min(32, padded(c.K)), "num_warps": 1, "num_stages": 1}
-        prepare[(c.cut.num_chunks * c.H,)](
-            c.q, c.k, c.erase, c.beta, total, moderate, c.plan.chunks, *tables, c.scale, **sizes, **options,
-            DECAY=c.decay_kind, **c.tile("prepare", default),
-        )  # fmt: skip
-
-
-def _form_apart(
-    c: Call, tables: tuple[Tensor, ...], made: tuple[Tensor, ...], scores: bool, sizes: dict, options: dict
-) -> None:
-    """Rows times their decay with the scores, then the inverse."""
-    M, H = c.cut.num_chunks, c.H
-    vectors, inverse, square = tables
-    system = c.new(M, H, CHUNK, CHUNK, dtype=torch.float32) if scores else None
-    options = dict(options)
-    merge = options.pop("MERGE")
+    seen, read, written = (c.new(*heads) for _ in range(3))
+    options = _form_options(c)
+    # Powers of two by which rows can be scaled without leaving the dtype's range.
+    steepest = 6.0 if c.q.dtype == torch.float16 else 96.0
+    default = {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}
     form_keys[(M * H,)](
-        c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, *made, vectors, system, square, c.scale, **sizes, **options,
-        STEEPEST=_steepest(c), SCORES=scores,
-        **c.tile("form" if scores else "form rows", {"SLICE": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}),
+        c.q, c.k, c.erase, c.beta, c.decay, c.plan.chunks, total, factor, moderate, seen, read, written, made.vectors,
+        system, made.scores, c.scale, **options, STEEPEST=steepest, SCORES=system is not None,
+        **c.tile("form rows" if system is None else "form", default),
     )  # fmt: skip
-    if scores:
-        tile = c.tile("invert", {"num_warps": 1, "num_stages": 1})
-        invert_systems[(M * H,)](system, inverse, C=CHUNK, MERGE=merge, **tile)
+    if system is not None:
+        default = {"SLICE": min(16, padded(c.K)), "num_warps": 1, "num_stages": 1}
+        form_keys_by_halves[(M * H,)](
+            c.q, c.k, c.erase, c.beta, total, moderate, c.plan.chunks, made.vectors, system, made.scores, c.scale,
+            **options, **c.tile("form by halves", default),
+        )  # fmt: skip
+    rows = replace(c, q=seen, k=written, erase=read)
+    return replace(made, call=rows, total=total, factor=factor, moderate=moderate)
 
 
 def run_forward(
@@ -427,9 +395,8 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
     else:
         kind = {name: value for name, value in c.kind().items() if name != "DECAY"}
         default = {"TK": tile["TK"], "BV": 64, "num_warps": 4, "num_stages": 1}
-        kernel = key_gradients if c.tile("gradient kernels", {"IN_TURN": 0})["IN_TURN"] else key_decay_row_gradients
         for halves, chosen in enumerate((tile, c.tile("rows by halves", default))):
-            kernel[(M * H * parts,)](
+            key_decay_row_gradients[(M * H * parts,)](
                 c.q, c.k, erase, do, p.total, p.moderate, *tensors, c.scale, rows, HALVES=halves, **kind, **options,
                 **chosen,
             )  # fmt: skip

@@ -56,69 +56,20 @@ def square_sum(x):
 
 
 @triton.jit
-def invert_diagonal(d0, d1, d2, d3):
-    """(I + d)^-1 of four strictly lower triangular fp32 [BLOCK, BLOCK], side by side, by substitution.
-
-    Once row m is solved its multiples are taken off the rows below; what is picked never has to change its layout."""
-    system = tl.join(tl.join(d0, d1), tl.join(d2, d3))
-    index = tl.arange(0, BLOCK)
-    row = index[:, None, None, None]
-    column = index[None, :, None, None]
-    inverse = tl.where(row == column, 1.0, 0.0) + tl.zeros_like(system)
-    for m in range(BLOCK - 1):
-        factor = tl.sum(tl.where(column == m, system, 0.0), 1)
-        solved = tl.sum(tl.where(row == m, inverse, 0.0), 0)
-        inverse -= factor[:, None, :, :] * solved[None, :, :, :]
-    left, right = tl.split(inverse)
-    d0, d1 = tl.split(left)
-    d2, d3 = tl.split(right)
-    return d0, d1, d2, d3
-
-
-@triton.jit
 def times(x, y, PRECISION: tl.constexpr):
     return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
-def invert(system, PRECISION: tl.constexpr):
-    """(I + system)^-1, both as the ten blocks of a lower triangle, row by row; system's diagonal blocks strictly lower.
-
-    Substitution throughout: the inverse is well scaled, but powers of the system are not (64 equal keys, beta near 2)."""
-    l00, l10, l11, l20, l21, l22, l30, l31, l32, l33 = system
-    t00, t11, t22, t33 = invert_diagonal(l00, l11, l22, l33)
-    t10 = -times(t11, times(l10, t00, PRECISION), PRECISION)
-    t21 = -times(t22, times(l21, t11, PRECISION), PRECISION)
-    t32 = -times(t33, times(l32, t22, PRECISION), PRECISION)
-    t20 = -times(t22, times(l20, t00, PRECISION) + times(l21, t10, PRECISION), PRECISION)
-    t31 = -times(t33, times(l31, t11, PRECISION) + times(l32, t21, PRECISION), PRECISION)
-    rest = times(l30, t00, PRECISION) + times(l31, t10, PRECISION) + times(l32, t20, PRECISION)
-    t30 = -times(t33, rest, PRECISION)
-    return t00, t10, t11, t20, t21, t22, t30, t31, t32, t33
-
-
-@triton.jit
-def store_block(ptr, x, i: tl.constexpr, j: tl.constexpr, C: tl.constexpr):
-    """Store block (i, j) of a chunk's matrix [C, C], and zeros in its mirror above the diagonal."""
-    index = tl.arange(0, BLOCK)
-    cell = index[:, None] * C + index[None, :]
-    dtype: tl.constexpr = ptr.dtype.element_ty
-    tl.store(ptr + (i * C + j) * BLOCK + cell, x.to(dtype))
-    if i != j:
-        tl.store(ptr + (j * C + i) * BLOCK + cell, tl.zeros([BLOCK, BLOCK], dtype))
-
-
-@triton.jit
-def prepare(
+def form_scores(
     q_ptr,
     k_ptr,
     a_ptr,  # erase key
     beta_ptr,  # [T, H]
-    decay_ptr,  # [T, H]; with a decay per key channel [T, H, K], log2 since the chunk's start
-    moderate_ptr,  # [chunks, H], with a decay per key channel: others are left to prepare_keys
+    decay_ptr,  # [T, H]
     chunk_ptr,  # [chunks, 2] first token, tokens
     vector_ptr,
-    inverse_ptr,  # [chunks, H, C, C]
+    system_ptr,  # [chunks, H, C, C] fp32, written at and left of the blocks of BLOCK rows on the diagonal
     score_ptr,  # [chunks, H, C, C]
     scale,
     stride_qt,
@@ -139,124 +90,132 @@ def prepare(
     NORMALIZE: tl.constexpr,
     NORM_EPS: tl.constexpr,
     DOT: tl.constexpr,
-    MERGE: tl.constexpr,  # precision of fp32 products
 ):
-    """A chunk by blocks of rows, so that only its lower triangle is formed and one or two warps hold it."""
     program = tl.program_id(0)
     chunk, head = program // H, program % H
     start = tl.load(chunk_ptr + 2 * chunk).to(tl.int64)
     length = tl.load(chunk_ptr + 2 * chunk + 1)
-    index = tl.arange(0, BLOCK)
-    if DECAY == KEY:
-        if tl.load(moderate_ptr + program) == 0:
-            return
-        decay_ptr += (start * H + head) * K
+    row = tl.arange(0, C)
+    keep = row < length
     q_ptr += start * stride_qt + (head // GROUP) * stride_qh
     k_ptr += start * stride_kt + (head // GROUP) * stride_kh
     if ERASE:
         a_ptr += start * stride_at + (head // GROUP) * stride_ah
-    vector_ptr += program.to(tl.int64) * (ROWS * C)
-    cell = program.to(tl.int64) * (C * C)
-    score_ptr += cell
-    inverse_ptr += cell
-    lengths = ()
-    totals = ()
-    system = ()
-    before = 0.0  # total of the rows before the block
-    for i in tl.static_range(C // BLOCK):
-        row = i * BLOCK + index
-        keep = row < length
-        q_length = tl.zeros([BLOCK], tl.float32)
-        k_length = tl.zeros([BLOCK], tl.float32)
-        a_length = tl.zeros([BLOCK], tl.float32)
-        products = ()  # Q K^T and A K^T of the blocks of columns up to the diagonal
-        for _ in tl.static_range(2 * i + 2):
-            products = products + (tl.zeros([BLOCK, BLOCK], tl.float32),)
-        for offset in range(0, K, SLICE):
-            channel = offset + tl.arange(0, SLICE)
-            in_keys = channel < K
-            q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % SLICE == 0)
-            k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % SLICE == 0)
-            a = k
-            if ERASE:
-                a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % SLICE == 0)
-            if NORMALIZE:
-                q_length += square_sum(q)
-                k_length += square_sum(k)
-                a_length += square_sum(a)
-            if DECAY == KEY:
-                # Both factors are moderate, of rows beyond the end (which are 0) too.
-                at = tile_of(decay_ptr, row, H * K, channel, keep, in_keys, K % SLICE == 0)
-                pivot = tl.load(decay_ptr + pivot_row(length, C) * H * K + channel, mask=in_keys, other=0.0)
-                read_at = at
-                if EXCLUSIVE:
-                    later = keep & (row > 0)
-                    read_at = tile_of(decay_ptr - H * K, row, H * K, channel, later, in_keys, K % SLICE == 0)
-                q = (q * tl.exp2(at - pivot[None, :])).to(k.dtype)
-                a = (a * tl.exp2(read_at - pivot[None, :])).to(k.dtype)
-                k = (k * tl.exp2(pivot[None, :] - at)).to(k.dtype)
-            sums = ()
-            for j in tl.static_range(i + 1):
-                key = k
-                if j < i:
-                    column = j * BLOCK + index
-                    inside = column < length
-                    key = tile_of(k_ptr, column, stride_kt, channel, inside, in_keys, K % SLICE == 0)
-                    if DECAY == KEY:
-                        at = tile_of(decay_ptr, column, H * K, channel, inside, in_keys, K % SLICE == 0)
-                        key = (key * tl.exp2(pivot[None, :] - at)).to(k.dtype)
-                key = tl.trans(key)
-                sums = sums + (
-                    tl.dot(q, key, products[2 * j], input_precision=DOT),
-                    tl.dot(a, key, products[2 * j + 1], input_precision=DOT),
-                )
-            products = sums
-        if NORMALIZE:
-            q_length = tl.rsqrt(q_length + NORM_EPS)
-            k_length = tl.rsqrt(k_length + NORM_EPS)
-            a_length = tl.rsqrt(a_length + NORM_EPS)
-        else:
-            q_length += 1.0
-            k_length += 1.0
-            a_length += 1.0
-        q_length = q_length * scale
-        vector = vector_ptr + row
-        tl.store(vector + Q_LENGTH * C, q_length)
-        tl.store(vector + K_LENGTH * C, k_length)
+    vector = vector_ptr + program.to(tl.int64) * (ROWS * C) + row
+    scores = tl.zeros([C, C], tl.float32)
+    system = tl.zeros([C, C], tl.float32)
+    q_length = tl.zeros([C], tl.float32)
+    k_length = tl.zeros([C], tl.float32)
+    a_length = tl.zeros([C], tl.float32)
+    for offset in range(0, K, SLICE):
+        channel = offset + tl.arange(0, SLICE)
+        in_keys = channel < K
+        q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % SLICE == 0)
+        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % SLICE == 0)
+        a = k
         if ERASE:
-            tl.store(vector + A_LENGTH * C, a_length)
-        beta = tl.full([BLOCK], 1.0, tl.float32)
-        if HAS_BETA:
-            beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
-        tl.store(vector + BETA * C, beta)
-        total = tl.zeros([BLOCK], tl.float32)
-        read = total
-        if DECAY == NONE:
-            tl.store(vector + TOTAL * C, total)
-        if DECAY == SCALAR:
-            log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
-            total = before + tl.cumsum(log, 0)
-            before += tl.sum(log, 0)
-            read = total
-            tl.store(vector + TOTAL * C, total)
-            if EXCLUSIVE:
-                read = total - log
-                tl.store(vector + READ * C, read)
-        lengths = lengths + (k_length,)
-        totals = totals + (total,)
-        for j in tl.static_range(i + 1):
-            s = products[2 * j] * q_length[:, None] * lengths[j][None, :]
-            m = products[2 * j + 1] * (a_length * beta)[:, None] * lengths[j][None, :]
-            if DECAY == SCALAR:
-                # Exponents above the diagonal would overflow.
-                s = s * tl.exp2(tl.minimum(total[:, None] - totals[j][None, :], 0.0))
-                m = m * tl.exp2(tl.minimum(read[:, None] - totals[j][None, :], 0.0))
-            if i == j:
-                s = tl.where(index[:, None] >= index[None, :], s, 0.0)
-                m = tl.where(index[:, None] > index[None, :], m, 0.0)
-            store_block(score_ptr, s, i, j, C)
-            system = system + (m,)
-    inverse = invert(system, MERGE)
-    for i in tl.static_range(C // BLOCK):
-        for j in tl.static_range(i + 1):
-            store_block(inverse_ptr, inverse[i * (i + 1) // 2 + j], i, j, C)
+            a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % SLICE == 0)
+        if NORMALIZE:
+            q_length += square_sum(q)
+            k_length += square_sum(k)
+            if ERASE:
+                a_length += square_sum(a)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=DOT)
+        system = tl.dot(a, tl.trans(k), system, input_precision=DOT)
+    if NORMALIZE:
+        q_length = tl.rsqrt(q_length + NORM_EPS)
+        k_length = tl.rsqrt(k_length + NORM_EPS)
+        a_length = tl.rsqrt(a_length + NORM_EPS)
+    else:
+        q_length += 1.0
+        k_length += 1.0
+        a_length += 1.0
+    q_length = q_length * scale
+    tl.store(vector + Q_LENGTH * C, q_length)
+    tl.store(vector + K_LENGTH * C, k_length)
+    if ERASE:
+        tl.store(vector + A_LENGTH * C, a_length)
+    else:
+        a_length = k_length
+    beta = tl.full([C], 1.0, tl.float32)
+    if HAS_BETA:
+        beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
+    tl.store(vector + BETA * C, beta)
+    scores = scores * q_length[:, None] * k_length[None, :]
+    system = system * (a_length * beta)[:, None] * k_length[None, :]
+    if DECAY == NONE:
+        tl.store(vector + TOTAL * C, tl.zeros([C], tl.float32))
+    if DECAY == SCALAR:
+        log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
+        total = tl.cumsum(log, 0)
+        tl.store(vector + TOTAL * C, total)
+        # Exponents above the diagonal would overflow.
+        decay = tl.exp2(tl.minimum(total[:, None] - total[None, :], 0.0))
+        scores = scores * decay
+        if EXCLUSIVE:
+            read = total - log
+            tl.store(vector + READ * C, read)
+            decay = tl.exp2(tl.minimum(read[:, None] - total[None, :], 0.0))
+        system = system * decay
+    cell = program.to(tl.int64) * (C * C) + row[:, None] * C + row[None, :]
+    scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
+    tl.store(score_ptr + cell, scores.to(score_ptr.dtype.element_ty))
+    system = tl.where(row[:, None] > row[None, :], system, 0.0)
+    tl.store(system_ptr + cell, system, mask=row[:, None] // BLOCK >= row[None, :] // BLOCK)
+
+
+@triton.jit
+def load_block(ptr, i, j, C: tl.constexpr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    return tl.load(ptr + (i * C + j) + index[:, None] * C + index[None, :])
+
+
+@triton.jit
+def put_block(ptr, x, i, j, C: tl.constexpr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(ptr + (i * C + j) + index[:, None] * C + index[None, :], x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def invert_systems(
+    system_ptr,  # [chunks, H, C, C] fp32, strictly lower; overwritten
+    inverse_ptr,  # [chunks, H, C, C]
+    C: tl.constexpr,
+    MERGE: tl.constexpr,  # precision of fp32 products
+):
+    """(I + system)^-1: blocks of BLOCK rows by substitution, a column a lane, then pairs of blocks and pairs of pairs.
+
+    Substitution, because the inverse is well scaled, but powers of the system are not (64 equal keys, beta near 2)."""
+    cell = tl.program_id(0).to(tl.int64) * (C * C)
+    system_ptr += cell
+    inverse_ptr += cell
+    lane = tl.arange(0, C)
+    column = lane % BLOCK
+    corner = system_ptr + (lane // BLOCK) * (BLOCK * C + BLOCK)  # of the lane's block
+    solved = ()
+    for i in tl.static_range(BLOCK):
+        x = tl.where(column == i, 1.0, 0.0)
+        for j in tl.static_range(i):
+            x -= tl.load(corner + (i * C + j)) * solved[j]
+        solved = solved + (x,)
+    tl.debug_barrier()
+    for i in tl.static_range(BLOCK):
+        tl.store(corner + i * C + column, solved[i])
+    tl.debug_barrier()
+    HALF: tl.constexpr = 2 * BLOCK
+    for pair in tl.static_range(2):
+        at = pair * HALF
+        left = load_block(system_ptr, at, at, C, BLOCK)
+        below = load_block(system_ptr, at + BLOCK, at, C, BLOCK)
+        right = load_block(system_ptr, at + BLOCK, at + BLOCK, C, BLOCK)
+        put_block(system_ptr, -times(right, times(below, left, MERGE), MERGE), at + BLOCK, at, C, BLOCK)
+        put_block(system_ptr, tl.zeros([BLOCK, BLOCK], tl.float32), at, at + BLOCK, C, BLOCK)
+    tl.debug_barrier()
+    left = load_block(system_ptr, 0, 0, C, HALF)
+    below = load_block(system_ptr, HALF, 0, C, HALF)
+    right = load_block(system_ptr, HALF, HALF, C, HALF)
+    below = -times(right, times(below, left, MERGE), MERGE)
+    put_block(inverse_ptr, left, 0, 0, C, HALF)
+    put_block(inverse_ptr, right, HALF, HALF, C, HALF)
+    put_block(inverse_ptr, below, HALF, 0, C, HALF)
+    put_block(inverse_ptr, tl.zeros([HALF, HALF], tl.float32), 0, HALF, C, HALF)
