@@ -115,28 +115,43 @@ class SequenceShard:
         incoming = (self._carry_by_gather if chosen == "gather" else self._carry_by_scan)(update, factor, matrix)
         return incoming * self.continues
 
-    def _carry_by_gather(self, update: Tensor, factor: Tensor, matrix: bool) -> Tensor:
+    def carry_back(self, change: Tensor, factor: Tensor, matrix: bool = False) -> Tensor:
+        """The gradient of the state after this rank's last token, from every rank's ``dS_in = factor dS_out + change``.
+
+        Args:
+            change: [G, ...] gradient of the state that the rank's first document starts with, were nothing to come later.
+            factor: as in `carry`, transposed if a matrix.
+
+        Returns:
+            [G, ...] fp32, zero where the next rank begins a document. Not differentiable.
+        """
+        change, factor = wide(change) * self.continues, wide(factor) * self.continues
+        chosen = self.exchange or ("gather" if self.size <= GATHER_LIMIT else "scan")
+        carry = self._carry_by_gather if chosen == "gather" else self._carry_by_scan
+        return carry(change, factor, matrix, back=True)
+
+    def _carry_by_gather(self, update: Tensor, factor: Tensor, matrix: bool, back: bool = False) -> Tensor:
         everything = self.gather(torch.cat([update.flatten(), factor.flatten()]))
         updates, factors = everything.split([update.numel(), factor.numel()], 1)
         # Zero, as a function of what was gathered: the first rank, too, takes part in the backward of the exchange.
         state = updates[:0].sum(0).view_as(update)
-        for rank in range(self.rank):
+        for rank in reversed(range(self.rank + 1, self.size)) if back else range(self.rank):
             state = apply_factor(factors[rank].view_as(factor), state, matrix) + updates[rank].view_as(update)
         return state
 
-    def _carry_by_scan(self, update: Tensor, factor: Tensor, matrix: bool) -> Tensor:
-        """Hillis and Steele: after round j a rank knows the map over the 2^j ranks that end with it."""
-        distance = 1
+    def _carry_by_scan(self, update: Tensor, factor: Tensor, matrix: bool, back: bool = False) -> Tensor:
+        """Hillis and Steele: after round j a rank knows the map over the 2^j ranks that end (back: begin) with it."""
+        distance, sign = 1, -1 if back else 1
         while distance < self.size:
-            earlier = self.shift(torch.cat([update.flatten(), factor.flatten()]), distance)
-            own, other = (
-                part.view_as(x) for part, x in zip(earlier.split([update.numel(), factor.numel()]), (update, factor))
+            other = self.shift(torch.cat([update.flatten(), factor.flatten()]), sign * distance)
+            first, then = (
+                part.view_as(x) for part, x in zip(other.split([update.numel(), factor.numel()]), (update, factor))
             )
-            update = apply_factor(factor, own, matrix) + update
+            update = apply_factor(factor, first, matrix) + update
             if 2 * distance < self.size:
-                factor = apply_factor(factor, other, matrix)
+                factor = apply_factor(factor, then, matrix)
             distance *= 2
-        return self.shift(update)
+        return self.shift(update, sign)
 
     def tail(self, x: Tensor, width: int) -> Tensor:
         """The `width` tokens [B, width, C] before this rank's first one, zeros where they belong to other documents.

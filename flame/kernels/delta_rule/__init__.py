@@ -141,22 +141,35 @@ def dplr_delta_rule(  # noqa: PLR0913 (one op for the whole family)
 
 
 def _solve_part(p: Problem, backend: str | None, shard: SequenceShard, steps: int) -> Tensor:
+    if isinstance(p, Tied) and _backend(p, backend) == "triton":
+        from flame.kernels.delta_rule.triton_part import delta_rule_triton_part
+
+        _refuse_uncovered(p)
+        return delta_rule_triton_part(p, shard)[:, steps - 1 :: steps]
     from flame.kernels.delta_rule.sharded import sharded_delta_rule
 
     return sharded_delta_rule(p, partial(_solve, backend=backend), steps, shard)
 
 
+def _backend(p: Problem, backend: str | None) -> str:
+    return select_backend(p.q, backend, _BACKENDS if backend is not None or kernels_cover(p) else _BACKENDS[1:])
+
+
+def _refuse_uncovered(p: Problem) -> None:
+    if not kernels_cover(p):
+        raise FlameError(
+            f"delta_rule: no kernel for this form, keys of {p.k.shape[-1]} channels or {p.q.dtype}; leave backend "
+            "at None or take 'chunked'."
+        )
+
+
 def _solve(p: Problem, backend: str | None) -> tuple[Tensor, Tensor]:
-    name = select_backend(p.q, backend, _BACKENDS if backend is not None or kernels_cover(p) else _BACKENDS[1:])
+    name = _backend(p, backend)
     # A token alone is one step of the recurrence; padding it to a chunk would only waste the machine.
     if name == "reference" or (p.q.shape[1] == 1 and p.cu_seqlens is None and backend is None):
         return recurrence(p)
     if name == "triton":
-        if not kernels_cover(p):
-            raise FlameError(
-                f"delta_rule: no kernel for this form, keys of {p.k.shape[-1]} channels or {p.q.dtype}; leave backend "
-                "at None or take 'chunked'."
-            )
+        _refuse_uncovered(p)
         if isinstance(p, Tied):
             from flame.kernels.delta_rule.triton_op import delta_rule_triton
 

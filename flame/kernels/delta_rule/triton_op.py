@@ -263,13 +263,19 @@ def run_reverse(
     )  # fmt: skip
 
 
-def run_merge(c: Call, maps: Tensor, changes: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-    """States before the items, or (reverse) gradients of the states after them: [I, H, K, V] fp32."""
-    opening = c.item_states()
+def run_merge(
+    c: Call, maps: Tensor, changes: Tensor, initial: Tensor | None, reverse: bool, columns: int | None = None
+) -> Tensor:
+    """States before the items, or (reverse) gradients of the states after them: [I, H, K, V] fp32.
+
+    columns: V, if the states that are chained are wider than values.
+    """
+    V = c.V if columns is None else columns
+    opening = c.new(c.cut.num_items, c.H, c.K, V, dtype=torch.float32)
     default = {"BV": 32 if c.K <= 128 else 16, "PART": min(64, padded(c.K)), "num_warps": 4, "num_stages": 1}
     tile = c.tile("merge", default)
-    merge_segments[(triton.cdiv(c.V, tile["BV"]), c.sequences * c.H)](
-        maps, changes, c.plan.first_item, initial, opening, changes.shape[-1], H=c.H, K=c.K, V=c.V, BK=padded(c.K),
+    merge_segments[(triton.cdiv(V, tile["BV"]), c.sequences * c.H)](
+        maps, changes, c.plan.first_item, initial, opening, changes.shape[-1], H=c.H, K=c.K, V=V, BK=padded(c.K),
         REVERSE=reverse, HAS_INITIAL=initial is not None, PRECISION=c.exact(), **tile,
     )  # fmt: skip
     return opening
