@@ -169,6 +169,11 @@ class SequenceShard:
         return torch.where((distance <= self.before)[:, None], received, 0.0)
 
 
+def group_of(name: str) -> dist.ProcessGroup:
+    """The group of that `group_name`: an op's schema knows words, not groups."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
 def apply_factor(factor: Tensor, state: Tensor, matrix: bool) -> Tensor:
     return factor @ state if matrix else factor * state
 

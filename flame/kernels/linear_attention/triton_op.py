@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels import tiles
+from flame.kernels.direct import Direct
 from flame.kernels.linear_attention import triton_scalar_passes, triton_vector_passes, triton_wide
 from flame.kernels.linear_attention.problem import Problem
 from flame.kernels.linear_attention.triton_layout import Layout, dense_items, packed_items
@@ -36,7 +37,7 @@ def linear_attention_triton(p: Problem, output_final_state: bool) -> tuple[Tenso
     if keys > 1:
         o, final = linear_attention_triton(triton_wide.split_keys(p, keys), output_final_state)
         return triton_wide.join_keys(o, final, keys)
-    o, final = _Sweeps.apply(
+    o, final, _ = _sweeps(
         p.q, p.k, p.v, p.decay, p.bonus, p.initial_state, p.cu_seqlens, p.kind, p.scale, output_final_state
     )
     return o, final if output_final_state else None
@@ -122,31 +123,23 @@ def _fake_backward(q, k, v, decay, bonus, initial_state, cu_seqlens, opening, do
     return dq, dk, dv, ddecay, dbonus, dinitial
 
 
-class _Sweeps(torch.autograd.Function):
-    """Autograd around the two operators. A plain Function costs the host a third of what a custom_op's layers do."""
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.kind, ctx.scale, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, kind, scale, _ = inputs
-        o, final, opening = torch.ops.flame.linear_attention_forward(*inputs)
-        ctx.save_for_backward(*tensors, opening)
-        ctx.kind, ctx.scale = kind, scale
-        ctx.set_materialize_grads(False)
-        return o, final
 
-    @staticmethod
-    def backward(ctx, do, dfinal):
-        *tensors, opening = ctx.saved_tensors
-        if do is None:
-            q, v = tensors[0], tensors[2]
-            heads = max(x.shape[2] for x in tensors[:3])
-            do = v.new_zeros(*q.shape[:2], heads, v.shape[-1])
-        dfinal = None if dfinal is None or dfinal.numel() == 0 else dfinal
-        wanted = ctx.needs_input_grad
-        gradients = torch.ops.flame.linear_attention_backward(
-            *tensors, opening, do, dfinal, ctx.kind, ctx.scale, wanted[3] or wanted[4]
-        )
-        return *(g if need else None for g, need in zip(gradients, wanted)), None, None, None, None
+def _autograd(ctx, do, dfinal, _):
+    *tensors, opening = ctx.saved_tensors
+    if do is None:
+        q, v = tensors[0], tensors[2]
+        heads = max(x.shape[2] for x in tensors[:3])
+        do = v.new_zeros(*q.shape[:2], heads, v.shape[-1])
+    dfinal = None if dfinal is None or dfinal.numel() == 0 else dfinal
+    wanted = ctx.needs_input_grad
+    gradients = _backward(*tensors, opening, do, dfinal, ctx.kind, ctx.scale, wanted[3] or wanted[4])
+    return *(g if need else None for g, need in zip(gradients, wanted)), None, None, None, None
 
 
 def _flops(tokens: int, heads: int, K: int, V: int) -> int:
@@ -173,5 +166,8 @@ for _name, _run, _fake in (
     for _device in ("CUDA", "CPU"):
         _library.impl(_name, _run, _device)
     torch.library.register_fake(f"flame::{_name}", _fake)
+torch.library.register_autograd("flame::linear_attention_forward", _autograd, setup_context=_setup_context)
+_backward = Direct(torch.ops.flame.linear_attention_backward, backward)
+_sweeps = Direct(torch.ops.flame.linear_attention_forward, forward, _setup_context, _autograd)
 register_flop_formula(torch.ops.flame.linear_attention_forward)(_forward_flops)
 register_flop_formula(torch.ops.flame.linear_attention_backward)(_backward_flops)
