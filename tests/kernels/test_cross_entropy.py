@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flame.errors import FlameError
@@ -236,3 +237,22 @@ def test_misfit_is_named():
         linear_cross_entropy(hidden, weight.float(), labels)
     with pytest.raises(FlameError, match="label_smoothing"):
         cross_entropy(hidden, labels, label_smoothing=1.5)
+
+
+def test_the_backward_makes_no_gradients_of_the_gradients_kept_for_it():
+    hidden = torch.randn(16, 8, requires_grad=True)
+    weight = torch.randn(20, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.randint(0, 20, (16,)), backend="chunked")
+    with Created() as created:
+        loss.backward()
+    assert created.zeros == 0
+
+
+class Created(TorchDispatchMode):
+    """Counts tensors filled with zeros."""
+
+    zeros = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.zeros += func in (torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default)
+        return func(*args, **(kwargs or {}))

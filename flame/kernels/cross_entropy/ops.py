@@ -69,6 +69,7 @@ def _fake_gradients(
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, hidden_grad, weight_grad = output
+    ctx.set_materialize_grads(False)  # else zeros as large as both gradients, for outputs that are nobody's business
     ctx.save_for_backward(hidden_grad, weight_grad)
     ctx.weight_dtype = inputs[1].dtype
     *_, ctx.needed, ctx.backend = inputs
@@ -189,6 +190,7 @@ def _(logits: Tensor, labels: Tensor, stats: Tensor, largest_at: Tensor, factor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], inputs[1], output[1], output[2])
     ctx.terms = inputs[2]
 
