@@ -1,7 +1,8 @@
 """Peers' autotuning cut in two: first every process compiles a share of the configurations, later one process times them.
 
-Compiling is most of the minutes that autotuning takes, and it can be done beside other work; timing needs the GPU alone. Both
-halves name what they did in one record file, so that the second never compiles what the first did not reach.
+Compiling is most of the minutes that autotuning takes, and it can be done beside other work, or on another machine
+(`benchmarks.precompile`); timing needs the GPU alone. Both halves name what they did in one record file, so that the second
+never compiles what the first did not reach.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 from typing import Any
+
+PEERS = ("fla.", "mamba_ssm.")
 
 
 def compile_share(index: int, count: int, record: Path) -> None:
@@ -26,18 +29,34 @@ def compile_share(index: int, count: int, record: Path) -> None:
                 file.write(name_of(self, config) + "\n")
         return times
 
-    def run_once(self: Any, call: Any, quantiles: Any = None) -> list[float]:
-        call()
-        return [1.0, 1.0, 1.0]
-
     original = untouched(Autotuner)
     Autotuner._bench = bench
     replace_timer(run_once)
 
 
-def tune_recorded(record: Path, warmup: int = 2, rep: int = 8) -> None:
-    """From now on autotuners time what `record` names, `rep` ms each; of a kernel that it does not know, they take the first
-    configuration and say so."""
+def run_once(tuner: Any, call: Any, quantiles: Any = None) -> list[float]:
+    """In place of timing a configuration: load it, and build what launches it."""
+    call()
+    return [1.0, 1.0, 1.0]
+
+
+def share_compiled() -> None:
+    """Have Triton file peers' kernels under keys that two builds of one version, such as two Pythons' wheels, share."""
+    from triton.compiler import compiler
+
+    original = compiler.get_cache_key
+
+    def key(source: Any, backend: Any, options: Any, env_vars: Any) -> str:
+        if not getattr(getattr(source, "fn", None), "__module__", "").startswith(PEERS):
+            return original(source, backend, options, env_vars=env_vars)
+        return f"precompiled-{source.hash()}-{backend.hash()}-{options.hash()}-{sorted(env_vars.items())}"
+
+    compiler.get_cache_key = key
+
+
+def tune_recorded(record: Path, warmup: int = 2, rep: int = 8, timed: bool = True) -> None:
+    """From now on autotuners time what `record` names, `rep` ms each, or run it once; of a kernel that it does not know, they
+    take the first configuration and say so."""
     import triton
     from triton.runtime.autotuner import Autotuner
 
@@ -60,7 +79,7 @@ def tune_recorded(record: Path, warmup: int = 2, rep: int = 8) -> None:
 
     original = untouched(Autotuner)
     Autotuner._bench = bench
-    replace_timer(time)
+    replace_timer(time if timed else run_once)
 
 
 def untouched(tuner: Any) -> Any:

@@ -8,7 +8,9 @@ how much of the step it is busy); `--first-step` measures from the start of a fr
 with empty compiler caches and again with warm ones.
 
 Peers that autotune take minutes for it. `--compile-share I/N` takes one step of each loop and compiles one in N of their
-configurations, for N processes at once; the measuring run with the same `--caches` then times what they compiled.
+configurations, for N processes at once; the measuring run with the same `--caches` then times what they compiled. With
+`--precompiled`, the configurations come from `benchmarks.precompile`, made without a GPU: `--compile-share 0/1` then loads each
+once, and the measuring run times them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.kernels import machine
 from benchmarks.loops import PackedBatch, Step, build
-from benchmarks.pretuned import compile_share, tune_recorded
+from benchmarks.pretuned import compile_share, share_compiled, tune_recorded
 from flame.config import JobConfig, load_job, model_values
 from flame.metrics.throughput import peak_flops
 from flame.models.decoder import build_model
@@ -106,11 +108,9 @@ class Entrant:
         cell.loss = float(self.step(batch))
         torch.cuda.synchronize()
         cell.first_step_s = time.perf_counter() - start
-        for _ in range(STEADY - 1):
+        torch.cuda.reset_peak_memory_stats()  # a step that is recorded takes its memory now, a replay takes none
+        for _ in range(STEADY):
             self.step(batch)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        self.step(batch)
         torch.cuda.synchronize()
         cell.memory_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
 
@@ -263,6 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", nargs="*", default=[], help="loops to profile")
     parser.add_argument("--caches", type=Path, help="keep each job's compiler caches in a folder of its own under this")
     parser.add_argument("--compile-share", metavar="I/N", help="only compile a share of what peers tune")
+    parser.add_argument("--precompiled", action="store_true", help="use what benchmarks.precompile left in --caches")
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -276,6 +277,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.training needs a GPU.")
     torch.cuda.set_device(0)
+    if args.precompiled:
+        share_compiled()
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     if args.child:
         use_caches(args.jobs[0], args)
@@ -284,7 +287,10 @@ def main() -> None:
     if args.compile_share:
         index, count = map(int, args.compile_share.split("/"))
         for path in args.jobs:
-            compile_share(index, count, record_of(path, args))
+            if args.precompiled:
+                tune_recorded(record_of(path, args), timed=False)
+            else:
+                compile_share(index, count, record_of(path, args))
             compile_once(path, args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
