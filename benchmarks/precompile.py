@@ -30,6 +30,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from benchmarks.pretuned import name_of, share_compiled
+from benchmarks.training import load, make_batch
 
 H200 = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 MANY = 16  # configurations of a kernel with products; with more, some are left out
@@ -153,7 +154,6 @@ def model_of(path: str) -> Any:
     from fla.ops.common import chunk_o
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from benchmarks.training import load
     from flame.config import model_values
     from flame.models.registry import resolve_config
 
@@ -187,7 +187,7 @@ def accept_meta_tensors() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job")
-    parser.add_argument("--shape", default="8x4096")
+    parser.add_argument("--shape", default="8x4096", help="as of benchmarks.training")
     parser.add_argument("--caches", type=Path, required=True)
     args = parser.parse_args()
     os.environ["TRITON_CACHE_DIR"] = str(args.caches / Path(args.job).stem / "triton")
@@ -198,9 +198,10 @@ def main() -> None:
     model = model_of(args.job)
     accept_meta_tensors()
     start = time.perf_counter()
-    rows, columns = map(int, args.shape.split("x"))
-    tokens = torch.zeros(rows, columns, dtype=torch.int64, device="meta")
-    model(tokens, labels=tokens).loss.backward()
+    batch = make_batch(args.shape, model.config.vocab_size, 0, "cpu")
+    tokens = batch.input_ids.to("meta")
+    documents = {} if batch.cu_seqlens is None else {"cu_seqlens": batch.cu_seqlens}  # their number is read on the host
+    model(tokens, labels=tokens, **documents).loss.backward()
     print(f"{args.job}: Triton {triton.__version__}, compiled in {time.perf_counter() - start:.0f} s.")
 
 

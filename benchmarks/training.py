@@ -62,7 +62,7 @@ class Cell:
         return statistics.median(self.rates) if self.rates else float("nan")
 
 
-def make_batch(shape: str, vocabulary: int, seed: int) -> PackedBatch:
+def make_batch(shape: str, vocabulary: int, seed: int, device: str = "cuda") -> PackedBatch:
     """Random tokens: ``8x4096`` is rows x length, ``packed:65536`` one row of documents of 16 to 4096 tokens."""
     generator = torch.Generator().manual_seed(seed)
     if shape.startswith("packed:"):
@@ -81,7 +81,8 @@ def make_batch(shape: str, vocabulary: int, seed: int) -> PackedBatch:
     if cu_seqlens is not None:
         labels[0, cu_seqlens[1:].long() - 1] = -100
     longest = length[1] if cu_seqlens is None else LONGEST
-    return PackedBatch(tokens.cuda(), labels.cuda(), None if cu_seqlens is None else cu_seqlens.cuda(), longest)
+    starts_there = None if cu_seqlens is None else cu_seqlens.to(device)
+    return PackedBatch(tokens.to(device), labels.to(device), starts_there, longest)
 
 
 def load(path: str, overrides: list[str]) -> JobConfig:
