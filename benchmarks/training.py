@@ -16,6 +16,8 @@ once, and the measuring run times them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -99,21 +101,25 @@ def flops_per_token(job: JobConfig, batch: PackedBatch) -> float:
 
 
 class Entrant:
-    """A loop that has taken its first steps, with the memory that it holds and reaches."""
+    """A loop that has taken its first step; `settle` takes the next ones, and learns the memory that it holds and reaches."""
 
     def __init__(self, cell: Cell, job: JobConfig, batch: PackedBatch) -> None:
-        self.cell = cell
+        self.cell, self.job = cell, job
         before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         self.step, self.module = build(cell.loop, job)
         cell.loss = float(self.step(batch))
         torch.cuda.synchronize()
         cell.first_step_s = time.perf_counter() - start
+        self.held = torch.cuda.memory_allocated() - before
+
+    def settle(self, batch: PackedBatch) -> None:
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()  # a step that is recorded takes its memory now, a replay takes none
         for _ in range(STEADY):
             self.step(batch)
         torch.cuda.synchronize()
-        cell.memory_gib = (torch.cuda.max_memory_allocated() - before) / 2**30
+        self.cell.memory_gib = (self.held + torch.cuda.max_memory_allocated() - before) / 2**30
 
     def round(self, batch: PackedBatch, steps: int) -> None:
         free, total = torch.cuda.mem_get_info()
@@ -134,25 +140,48 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
     vocabulary = model_values(job)["vocab_size"]
     batch = make_batch(shape, vocabulary, 0)
     cells = [Cell(Path(path).stem, shape, loop) for loop in args.loops]
-    entrants = []
-    for cell in cells:
-        try:
-            entrants.append(Entrant(cell, job, batch))
-        except Exception as error:  # a peer may fail in any way; the others are still measured
-            cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-        gc.collect()
-        torch.cuda.empty_cache()
+    entrants: list[Entrant] = []
+    with contextlib.ExitStack() as turn:
+        for cell in cells:
+            if not cell.loop.startswith("flame"):
+                take_turn(turn, args.turns)  # peers tune, which needs the GPU alone
+            try:
+                entrants.append(Entrant(cell, job, batch))
+            except Exception as error:  # a peer may fail in any way; the others are still measured
+                cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            gc.collect()
+            torch.cuda.empty_cache()
+        take_turn(turn, args.turns)
+        interleave(entrants, shape, vocabulary, args)
+    return cells
+
+
+def take_turn(turn: contextlib.ExitStack, file: Path | None) -> None:
+    """Wait until no other process with the same file uses the GPU, once."""
+    if file is not None and not getattr(turn, "taken", False):
+        lock = turn.enter_context(file.open("a"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        turn.taken = True  # type: ignore[attr-defined]
+
+
+def interleave(entrants: list[Entrant], shape: str, vocabulary: int, args: argparse.Namespace) -> None:
+    """Time the entrants round by round, and profile those asked for."""
+    batch = make_batch(shape, vocabulary, 0)
+    for entrant in entrants:
+        entrant.settle(batch)
     for seed in range(1, args.rounds + 1):
         batch = make_batch(shape, vocabulary, 0 if "packed" in shape else seed)
         for entrant in entrants:
             entrant.round(batch, args.steps)
+    if not entrants:
+        return
+    job = entrants[0].job
     flops, peak = flops_per_token(job, batch), peak_flops(torch.device("cuda"))
     for entrant in entrants:
         entrant.cell.mfu = 0.0 if peak is None else entrant.cell.tokens_per_s * flops / peak
         if entrant.cell.loop in args.profile:
             name = f"{entrant.cell.job}_{shape.replace(':', '')}_{entrant.cell.loop}.txt"
             (args.out / name).write_text(describe_step(entrant.step, batch))
-    return cells
 
 
 def describe_step(step: Step, batch: PackedBatch) -> str:
@@ -265,6 +294,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--caches", type=Path, help="keep each job's compiler caches in a folder of its own under this")
     parser.add_argument("--compile-share", metavar="I/N", help="only compile a share of what peers tune")
     parser.add_argument("--precompiled", action="store_true", help="use what benchmarks.precompile left in --caches")
+    parser.add_argument(
+        "--turns", type=Path, help="file by which several of these take turns on the GPU, each compiling early"
+    )
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
