@@ -179,9 +179,13 @@ def accept_meta_tensors() -> None:
 
     for kind in list(vars(ops).values()):
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module) and "forward" in vars(kind):
-            source = textwrap.dedent(inspect.getsource(kind.forward)).replace("('cuda', 'npu', 'xpu')", "('meta',)")
-            exec(source, vars(ops))
-            kind.forward = vars(ops).pop("forward")
+            accept_in(kind, vars(ops))
+
+
+def accept_in(kind: Any, namespace: dict[str, Any]) -> None:
+    source = textwrap.dedent(inspect.getsource(kind.forward)).replace("('cuda', 'npu', 'xpu')", "('meta',)")
+    exec(source, namespace)
+    kind.forward = namespace.pop("forward")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import fcntl
 import gc
+import importlib
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -141,31 +143,48 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
     batch = make_batch(shape, vocabulary, 0)
     cells = [Cell(Path(path).stem, shape, loop) for loop in args.loops]
     entrants: list[Entrant] = []
-    with contextlib.ExitStack() as turn:
+    profiles: dict[str, profile] = {}
+    with turn(args.turns):
         for cell in cells:
-            if not cell.loop.startswith("flame"):
-                take_turn(turn, args.turns)  # peers tune, which needs the GPU alone
             try:
                 entrants.append(Entrant(cell, job, batch))
             except Exception as error:  # a peer may fail in any way; the others are still measured
                 cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             gc.collect()
             torch.cuda.empty_cache()
-        take_turn(turn, args.turns)
         interleave(entrants, shape, vocabulary, args)
+        for entrant in entrants:
+            if entrant.cell.loop in args.profile:
+                profiles[entrant.cell.loop] = profile_step(entrant.step, batch)
+    flops, peak = flops_per_token(job, batch), peak_flops(torch.device("cuda"))
+    for cell in cells:
+        cell.mfu = 0.0 if peak is None else cell.tokens_per_s * flops / peak
+    for loop, profiler in profiles.items():
+        (args.out / f"{cells[0].job}_{shape.replace(':', '')}_{loop}.txt").write_text(describe(profiler))
     return cells
 
 
-def take_turn(turn: contextlib.ExitStack, file: Path | None) -> None:
-    """Wait until no other process with the same file uses the GPU, once."""
-    if file is not None and not getattr(turn, "taken", False):
-        lock = turn.enter_context(file.open("a"))
+@contextlib.contextmanager
+def turn(file: Path | None) -> Iterator[None]:
+    """The GPU without the other processes that were given this file."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        turn.taken = True  # type: ignore[attr-defined]
+        yield
+
+
+def import_early(loops: list[str]) -> None:
+    """What is imported late and slowly, before this process has its turn on the GPU."""
+    importlib.import_module("torch._inductor.compile_fx")
+    if any(loop.startswith("fla-") or loop == "fla" for loop in loops):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("fla.models")
 
 
 def interleave(entrants: list[Entrant], shape: str, vocabulary: int, args: argparse.Namespace) -> None:
-    """Time the entrants round by round, and profile those asked for."""
+    """Time the entrants round by round."""
     batch = make_batch(shape, vocabulary, 0)
     for entrant in entrants:
         entrant.settle(batch)
@@ -173,24 +192,19 @@ def interleave(entrants: list[Entrant], shape: str, vocabulary: int, args: argpa
         batch = make_batch(shape, vocabulary, 0 if "packed" in shape else seed)
         for entrant in entrants:
             entrant.round(batch, args.steps)
-    if not entrants:
-        return
-    job = entrants[0].job
-    flops, peak = flops_per_token(job, batch), peak_flops(torch.device("cuda"))
-    for entrant in entrants:
-        entrant.cell.mfu = 0.0 if peak is None else entrant.cell.tokens_per_s * flops / peak
-        if entrant.cell.loop in args.profile:
-            name = f"{entrant.cell.job}_{shape.replace(':', '')}_{entrant.cell.loop}.txt"
-            (args.out / name).write_text(describe_step(entrant.step, batch))
 
 
-def describe_step(step: Step, batch: PackedBatch) -> str:
-    """Kernels of one step by their time, and the share of the step in which the GPU ran any."""
+def profile_step(step: Step, batch: PackedBatch) -> profile:
     step(batch)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step(batch)
         torch.cuda.synchronize()
+    return profiler
+
+
+def describe(profiler: profile) -> str:
+    """Kernels of one step by their time, and the share of the step in which the GPU ran any."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
@@ -264,8 +278,11 @@ def compile_once(path: str, args: argparse.Namespace) -> None:
 
 
 def table(cells: list[Cell], facts: dict[str, object]) -> str:
-    """Markdown; the ratio is our rate over the loop's."""
-    ours = {(cell.job, cell.shape): cell.tokens_per_s for cell in cells if cell.loop == "flame"}
+    """Markdown; the ratio is our best loop's rate over the loop's."""
+    ours: dict[tuple[str, str], float] = {}
+    for cell in cells:
+        if cell.loop.startswith("flame") and cell.rates:
+            ours[cell.job, cell.shape] = max(cell.tokens_per_s, ours.get((cell.job, cell.shape), 0.0))
     rows = [
         f"{facts}",
         "",
@@ -294,9 +311,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--caches", type=Path, help="keep each job's compiler caches in a folder of its own under this")
     parser.add_argument("--compile-share", metavar="I/N", help="only compile a share of what peers tune")
     parser.add_argument("--precompiled", action="store_true", help="use what benchmarks.precompile left in --caches")
-    parser.add_argument(
-        "--turns", type=Path, help="file by which several of these take turns on the GPU, each compiling early"
-    )
+    parser.add_argument("--turns", type=Path, help="file by which several of these take turns on the GPU")
     parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -312,6 +327,7 @@ def main() -> None:
     torch.cuda.set_device(0)
     if args.precompiled:
         share_compiled()
+    import_early(args.loops)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     if args.child:
         use_caches(args.jobs[0], args)
