@@ -146,22 +146,30 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
     profiles: dict[str, profile] = {}
     with turn(args.turns):
         for cell in cells:
-            try:
+            with survived(cell):
                 entrants.append(Entrant(cell, job, batch))
-            except Exception as error:  # a peer may fail in any way; the others are still measured
-                cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
             gc.collect()
             torch.cuda.empty_cache()
         interleave(entrants, shape, vocabulary, args)
         for entrant in entrants:
             if entrant.cell.loop in args.profile:
-                profiles[entrant.cell.loop] = profile_step(entrant.step, batch)
+                with survived(entrant.cell):
+                    profiles[entrant.cell.loop] = profile_step(entrant.step, batch)
     flops, peak = flops_per_token(job, batch), peak_flops(torch.device("cuda"))
     for cell in cells:
         cell.mfu = 0.0 if peak is None else cell.tokens_per_s * flops / peak
     for loop, profiler in profiles.items():
         (args.out / f"{cells[0].job}_{shape.replace(':', '')}_{loop}.txt").write_text(describe(profiler))
     return cells
+
+
+@contextlib.contextmanager
+def survived(cell: Cell) -> Iterator[None]:
+    """A loop may fail in any way, a peer's above all; the others are still measured."""
+    try:
+        yield
+    except Exception as error:
+        cell.status = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 @contextlib.contextmanager
@@ -187,11 +195,14 @@ def interleave(entrants: list[Entrant], shape: str, vocabulary: int, args: argpa
     """Time the entrants round by round."""
     batch = make_batch(shape, vocabulary, 0)
     for entrant in entrants:
-        entrant.settle(batch)
+        with survived(entrant.cell):
+            entrant.settle(batch)
     for seed in range(1, args.rounds + 1):
         batch = make_batch(shape, vocabulary, 0 if "packed" in shape else seed)
         for entrant in entrants:
-            entrant.round(batch, args.steps)
+            if entrant.cell.status == "ok":
+                with survived(entrant.cell):
+                    entrant.round(batch, args.steps)
 
 
 def profile_step(step: Step, batch: PackedBatch) -> profile:
