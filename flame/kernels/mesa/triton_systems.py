@@ -13,6 +13,7 @@ from flame.kernels.linear_attention.triton_layout import (
     ceil_div,
     item_settings,
     power_of_2,
+    precision,
     segment_bounds,
     strides,
 )
@@ -20,6 +21,7 @@ from flame.kernels.linear_attention.triton_op import as_rows, make_layout
 from flame.kernels.linear_attention.triton_scalar_passes import BOUNDARY_ROWS, ChunkSums
 from flame.kernels.mesa.triton_keys import finish_keys, prepare_keys
 from flame.kernels.mesa.triton_solver import mesa_solve
+from flame.kernels.mesa.triton_states import chunk_updates, sum_chunks
 
 CHUNK = 64
 # A chunk's iteration ends early where the remaining steps would not show after rounding x to its dtype. (The 1e-5 in the
@@ -93,9 +95,41 @@ class Systems:
         self.keys = keys
         self.layout = Layout("scalar", B, T, H, K, K, H, 1.0, _chunks(B, T, cu_seqlens))
         self.sums = ChunkSums(self.layout, log_decay.contiguous()).within(CHUNK)
-        initial = None if key_state is None else key_state.contiguous()
-        self.states = boundary_states(
-            self.layout, keys.unit, keys.write, self.sums, rows=CHUNK, initial=initial, final=final
+        self.states = torch.empty(self.layout.items.count, H, K, K, dtype=torch.float32, device=keys.k.device)
+        self._fill(None if key_state is None else key_state.contiguous(), final)
+
+    def _fill(self, initial: Tensor | None, final: Tensor | None) -> None:
+        layout, states, keys = self.layout, self.states, self.keys
+        total = torch.empty(states.shape[:2], dtype=torch.float32, device=states.device)
+        side, cells = min(64, power_of_2(layout.K)), layout.K * layout.K
+        chunk_updates[(ceil_div(layout.K, side) ** 2, layout.items.count * layout.heads)](
+            k_ptr=keys.unit,
+            beta_ptr=keys.beta,
+            sum_ptr=self.sums,
+            state_ptr=states,
+            total_ptr=total,
+            **item_settings(layout, self.sums),
+            K=layout.K,
+            BK=side,
+            BT=CHUNK,
+            PRECISION=precision(keys.unit),
+            num_warps=4,
+        )
+        block = min(512, power_of_2(cells))
+        sum_chunks[(ceil_div(cells, block), layout.sequences * layout.heads)](
+            state_ptr=states,
+            total_ptr=total,
+            initial_ptr=states if initial is None else initial,
+            final_ptr=states if final is None else final,
+            first_ptr=total if layout.items.first is None else layout.items.first,
+            segments=layout.items.per_row,
+            H=layout.heads,
+            CELLS=cells,
+            BLOCK=block,
+            VARLEN=layout.items.starts is not None,
+            HAS_INITIAL=initial is not None,
+            STORE_FINAL=final is not None,
+            num_warps=4,
         )
 
     def solve(self, q: Tensor, regularizer: Tensor, steps: int, dtype: torch.dtype, normalize: bool) -> Tensor:
