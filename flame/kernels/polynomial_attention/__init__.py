@@ -36,7 +36,7 @@ def polynomial_attention(  # noqa: PLR0913
         initial_state: `[B, H, F, V + 1]` fp32, F = `feature_count(d, coefficients)`; the last column is the denominator.
         output_final_state: also return the state after the last token. Not with `cu_seqlens`.
         cu_seqlens: `[N + 1]` int32 document boundaries; then `B == 1` and documents never meet.
-        backend: 'chunked' or 'reference'; None chooses.
+        backend: 'triton' (no states, q up to 16 channels, v up to 128), 'chunked' or 'reference'; None chooses.
         shard: this rank's part of a sequence cut over ranks (`flame.kernels.sequence`): computes as if it were whole,
             cu_seqlens being the bounds in this part. Excludes states.
 
@@ -63,8 +63,7 @@ def polynomial_attention(  # noqa: PLR0913
         refuse_states("polynomial_attention", initial_state, output_final_state)
         state = state_before(k, v, coefficients, cu_seqlens, shard)
         return polynomial_attention_chunked(q, k, v, coefficients, eps, state, cu_seqlens)[0], None
-    names = ("triton", "chunked", "reference") if backend else ("chunked", "reference")
-    name = select_backend(q, backend, names)
+    name = select_backend(q, backend)
     if name == "triton" and initial_state is None and not output_final_state:
         from flame.kernels.polynomial_attention.triton_op import polynomial_triton, supported
 
