@@ -77,6 +77,8 @@ def reference(job: JobConfig, config: ModelConfig, compiled: bool) -> tuple[Step
     chunk_o.TRITON_ABOVE_3_7_1 = True  # else it refuses to run; its gradients may be wrong, its time is what it is
     known = AutoConfig.for_model(config.model_type).to_dict()
     values = {key: value for key, value in config.to_dict().items() if key in known and key != "model_type"}
+    if values.get("num_heads", 0) is None:
+        values.pop("num_heads")  # Mamba-2's own configuration infers it, and its initialization needs it
     with torch.device("cuda"):
         peer = AutoConfig.for_model(config.model_type, **values)
         model = AutoModelForCausalLM.from_config(peer, dtype=torch.float32).train()

@@ -143,24 +143,27 @@ def compare(path: str, shape: str, args: argparse.Namespace) -> list[Cell]:
     batch = make_batch(shape, vocabulary, 0)
     cells = [Cell(Path(path).stem, shape, loop) for loop in args.loops]
     entrants: list[Entrant] = []
-    profiles: dict[str, profile] = {}
     with turn(args.turns):
         for cell in cells:
             with survived(cell):
                 entrants.append(Entrant(cell, job, batch))
-            gc.collect()
-            torch.cuda.empty_cache()
+            release()
         interleave(entrants, shape, vocabulary, args)
-        for entrant in entrants:
-            if entrant.cell.loop in args.profile:
-                with survived(entrant.cell):
-                    profiles[entrant.cell.loop] = profile_step(entrant.step, batch)
+        profiles = profiled(entrants, args.profile, batch)
+        entrants.clear()  # what they hold is the next process's
+        release()
     flops, peak = flops_per_token(job, batch), peak_flops(torch.device("cuda"))
     for cell in cells:
         cell.mfu = 0.0 if peak is None else cell.tokens_per_s * flops / peak
     for loop, profiler in profiles.items():
         (args.out / f"{cells[0].job}_{shape.replace(':', '')}_{loop}.txt").write_text(describe(profiler))
     return cells
+
+
+def release() -> None:
+    """Give the memory of models that are gone back to the GPU; they are full of cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -203,6 +206,16 @@ def interleave(entrants: list[Entrant], shape: str, vocabulary: int, args: argpa
             if entrant.cell.status == "ok":
                 with survived(entrant.cell):
                     entrant.round(batch, args.steps)
+
+
+def profiled(entrants: list[Entrant], loops: list[str], batch: PackedBatch) -> dict[str, profile]:
+    """One step of each of these loops."""
+    profiles = {}
+    for entrant in entrants:
+        if entrant.cell.loop in loops:
+            with survived(entrant.cell):
+                profiles[entrant.cell.loop] = profile_step(entrant.step, batch)
+    return profiles
 
 
 def profile_step(step: Step, batch: PackedBatch) -> profile:
@@ -284,8 +297,7 @@ def compile_once(path: str, args: argparse.Namespace) -> None:
             except Exception as error:  # a peer may fail in any way; the measuring run reports it
                 print(f"{Path(path).stem} {shape} {loop}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             step = None
-            gc.collect()
-            torch.cuda.empty_cache()
+            release()
 
 
 def table(cells: list[Cell], facts: dict[str, object]) -> str:
@@ -361,9 +373,8 @@ def main() -> None:
             tune_recorded(record_of(path, args))
         for shape in args.shape:
             cells += compare(path, shape, args)
-            gc.collect()  # models are full of cycles
-            torch.cuda.empty_cache()
             torch._dynamo.reset()
+            release()
             if args.first_step:
                 starts += [first_steps(path, shape, loop, args) for loop in args.loops]
             result = {"machine": facts, "cells": [asdict(cell) for cell in cells], "first_steps": starts}
