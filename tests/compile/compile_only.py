@@ -56,6 +56,8 @@ _run = JITFunction.run
 def _compile(self, *args, grid, warmup, **kwargs):
     start = time.time()
     kernel = _run(self, *args, grid=grid, warmup=True, **kwargs)
+    if kernel is None:  # a hook has noted the launch to be left out
+        return None
     compiled.append(
         {
             "name": self.fn.__name__,

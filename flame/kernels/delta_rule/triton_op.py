@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from flame.kernels import tiles
+from flame.kernels.compile_together import compile_together
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan, tile_key
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
@@ -286,8 +287,20 @@ def run_merge(
     mutates_args=(),
     schema=f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
+def forward(*inputs):
     """o, final state, what `prepare` made, and where time was cut the items' opening states and maps (else empty)."""
+    q, k, v, *_, cu_seqlens, exclusive, normalize, scale = inputs
+    compile_together(OP, (*inputs, cut_of(q, k, v, cu_seqlens).cut), lambda: _rehearse(inputs))
+    return _forward(*inputs)
+
+
+def _rehearse(inputs):
+    o, final, *saved = _forward(*inputs)
+    *tensors, exclusive, normalize, scale = inputs
+    _backward(*tensors, *saved, o, o, final, exclusive, normalize, scale)
+
+
+def _forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
     c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
     initial = None if initial_state is None else initial_state.float().contiguous()
     p = run_prepare(c)
@@ -323,11 +336,15 @@ def _(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normali
         f"Tensor? dfinal, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def backward(
+def backward(*inputs):
+    """Gradients of q, k, v, beta, decay, erase and initial_state; empty where there is no such tensor."""
+    return _backward(*inputs)
+
+
+def _backward(
     q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal,
     exclusive, normalize, scale,
 ):  # fmt: skip
-    """Gradients of q, k, v, beta, decay, erase and initial_state; empty where there is no such tensor."""
     c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
     p = run_prepare(c, (vectors, inverse, scores))
     do = as_rows(do.to(v.dtype))

@@ -15,7 +15,9 @@ def cases() -> list[Case]:
     fp16, fp32 = torch.float16, torch.float32
     lengths = (1, 63, 64, 65, 300, 1300)
     # A single token's gradients are a scalar a head times a vector: many heads, so that no one rounding is all there is.
-    checked = [make_case(kind, (0, tokens), heads=16 if tokens == 1 else 2) for kind in COEFFICIENTS for tokens in lengths]
+    checked = [
+        make_case(kind, (0, tokens), heads=16 if tokens == 1 else 2) for kind in COEFFICIENTS for tokens in lengths
+    ]
     checked += [make_case(kind, RAGGED) for kind in COEFFICIENTS]
     for kind in COEFFICIENTS:
         checked += [make_case(kind, (0, 700), dtype=dtype) for dtype in (fp16, fp32)]

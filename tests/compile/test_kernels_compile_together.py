@@ -1,0 +1,24 @@
+"""The first call of an op compiles all kernels of its forward and backward side by side, and leaves none to its launches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("ops", [["linear_attention"], pytest.param(["delta_rule", "dplr"], marks=pytest.mark.slow)])
+def test_first_call_compiles_everything_before_a_launch(ops, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.compile.side_by_side", *ops]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [each["op"] for each in found] == ops
+    for each in found:
+        assert each["alone"] == [] and len(each["together"]) >= 4
+        assert {*each["launched"]} <= {*each["together"]}
