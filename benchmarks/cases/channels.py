@@ -4,6 +4,7 @@ log-normaliser gate alone, for which it has no kernel of its own."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,18 @@ def make_inputs(sizes: Mapping[str, tuple[int, ...]], device: torch.device, seed
 def our_convolution(backend: str | None = None) -> Call:
     from flame.kernels.short_convolution import short_convolution
 
-    return lambda x: short_convolution(x["x"], x["weight"], activation="silu", backend=backend)[0]
+    def call(i: Tensors) -> torch.Tensor:
+        return short_convolution(
+            i["x"], i["weight"], activation="silu", cu_seqlens=i.get("cu_seqlens"), backend=backend
+        )[0]
+
+    return call
 
 
 def fla_convolution() -> Call:
     from fla.modules.convolution import causal_conv1d
 
-    return lambda x: causal_conv1d(x["x"], x["weight"], activation="silu")[0]
+    return lambda i: causal_conv1d(i["x"], i["weight"], activation="silu", cu_seqlens=i.get("cu_seqlens"))[0]
 
 
 def our_norm(backend: str | None = None) -> Call:
@@ -47,6 +53,18 @@ def fla_norm() -> Call:
     from fla.modules.fused_norm_gate import rms_norm_gated
 
     return lambda x: rms_norm_gated(x["x"], x["gate"], x["weight"], None, activation="swish", eps=1e-5)
+
+
+def our_residual_norm(backend: str | None = None) -> Call:
+    from flame.kernels.normalization import rms_norm
+
+    return lambda i: rms_norm(i["x"], i["weight"], 1e-5, i["residual"], backend=backend)[0]
+
+
+def fla_residual_norm() -> Call:
+    from fla.modules.layernorm import rms_norm
+
+    return lambda i: rms_norm(i["x"], i["weight"], None, residual=i["residual"], eps=1e-5, prenorm=True)[0]
 
 
 def our_scan(backend: str | None = None) -> Call:
@@ -85,9 +103,13 @@ def our_selective_scan(backend: str | None = None) -> Call:
 def benchmarks() -> list[Benchmark]:
     every = BATCH * TOKENS
     found = []
-    for C in (2048, 1024):
+    for C in (2048, 4096, 1024):
         sizes: dict[str, tuple[int, ...]] = {"x": (BATCH, TOKENS, C), "weight": (C, 4)}
         found.append(_benchmark(f"conv+silu C{C} W4", sizes, our_convolution, fla_convolution, 10 * every * C))
+        if C == 2048:
+            found.append(_packed(found[-1]))
+    sizes = {"x": (BATCH, TOKENS, 2048), "residual": (BATCH, TOKENS, 2048), "weight": (2048,)}
+    found.append(_benchmark("rms_norm+residual C2048", sizes, our_residual_norm, fla_residual_norm, 16 * every * 2048))
     for H, D in ((16, 128), (4, 512)):
         sizes = {"x": (BATCH, TOKENS, H, D), "gate": (BATCH, TOKENS, H, D), "weight": (D,)}
         found.append(_benchmark(f"gated_rms_norm H{H} D{D}", sizes, our_norm, fla_norm, 16 * every * H * D))
@@ -98,6 +120,21 @@ def benchmarks() -> list[Benchmark]:
     maps = {"A": (2048, 16), "B": (BATCH, TOKENS, 16), "C": (BATCH, TOKENS, 16), "D": (2048,)}
     found.append(_benchmark("selective scan E2048 S16", rows | maps, our_selective_scan, None, 22 * every * 2048))
     return found
+
+
+def _packed(dense: Benchmark) -> Benchmark:
+    """The same rows as documents of 100 to 1500 tokens, packed into one row."""
+
+    def inputs(device: torch.device, seed: int, small: bool) -> Tensors:
+        call = dense.inputs(device, seed, small)
+        call["x"] = call["x"].flatten(0, 1)[None]
+        lengths = torch.randint(100, 1500, (1000,), generator=torch.Generator().manual_seed(0))
+        ends = lengths.cumsum(0)
+        tokens = call["x"].shape[1]
+        bounds = torch.cat([torch.tensor([0]), ends[ends < tokens], torch.tensor([tokens])])
+        return call | {"cu_seqlens": bounds.to(device, torch.int32)}
+
+    return replace(dense, name=f"packed {dense.name}", inputs=inputs)
 
 
 def _benchmark(name: str, sizes, mine, peer, moved: float) -> Benchmark:

@@ -30,8 +30,9 @@ def ours(backend: str | None = None) -> Call:
     def call(x: Tensors) -> torch.Tensor:
         q, k, v, weight, log_decay = x.values()
         scores, _ = linear_attention(q, k, weight, value_decay=log_decay, backend=backend)
-        reads = torch.softmax(scores, -1, dtype=v.dtype if v.dtype == torch.float64 else torch.float32).to(v.dtype)
-        return linear_attention(reads, weight, v, key_decay=log_decay, scale=1.0, backend=backend)[0]
+        return linear_attention(torch.softmax(scores, -1), weight, v, key_decay=log_decay, scale=1.0, backend=backend)[
+            0
+        ]
 
     return call
 

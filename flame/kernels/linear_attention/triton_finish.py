@@ -71,7 +71,16 @@ def finish(
         bonus = tl.load(bonus_ptr + head * K + columns, mask=in_k, other=0.0).to(tl.float32)
     PER_BLOCK: tl.constexpr = ANCHOR // BT
     chunks = tl.cdiv(length, BT)
-    for block in range(tl.program_id(1), tl.cdiv(chunks, PER_BLOCK), tl.num_programs(1)):
+    blocks = tl.cdiv(chunks, PER_BLOCK)
+    if STRONG:
+        # One look at up to 8 blocks: mostly there is nothing to do.
+        look = tl.arange(0, 8 * PER_BLOCK)
+        look = (tl.program_id(1) + look // PER_BLOCK * tl.num_programs(1)) * PER_BLOCK + look % PER_BLOCK
+        at_seen = factor_ptr + ((start // BT + item + look)[:, None] * H + head) * K + columns[None, :]
+        seen = tl.load(at_seen, mask=(look < chunks)[:, None] & in_k[None, :], other=1.0)
+        quiet = tl.min(tl.min(seen, 0), 0) > tl.exp2(-LIMIT)
+        blocks = tl.where(quiet & (blocks <= 8 * tl.num_programs(1)), 0, blocks)
+    for block in range(tl.program_id(1), blocks, tl.num_programs(1)):
         slot = ((start // ANCHOR + block + item) * H + head) * K + columns
         if DECAY_GRADIENT:
             carry = tl.load(edge_ptr + slot, mask=in_k, other=0.0)
@@ -86,32 +95,36 @@ def finish(
         # A block of the other kind has nothing to do here.
         last = tl.where(mine, last, first)
         for step in range(last - first):
-            rows = (last - 1 - step) * BT + local
-            keep = rows < length
-            rows = rows.to(tl.int64)
+            keep = (last - 1 - step) * BT + local < length
+            # The chunk's rows are found by scalars of 64 bits and offsets of 32, which take half the registers.
+            row = tl.full((), 0, tl.int64) + (last - 1 - step) * BT
             inside = keep[:, None] & in_k[None, :]
-            at = out + rows[:, None] * (H * K) + columns[None, :]
-            at_scores = dscores_ptr + rows[:, None] * (H * BT) + local[None, :]
-            dscores = tl.load(at_scores, mask=keep[:, None], other=0.0)
-            raw = load_rows(decay_ptr, rows, HG * K, columns, keep, K, BK)
-            k = load_rows(k_ptr, rows, stride_kt, columns, keep, K, BK)
+            at_chunk = out + row * (H * K)
+            at = local[:, None] * (H * K) + columns[None, :]
+            dscores = load_rows(dscores_ptr + row * (H * BT), local, H * BT, local, keep, BT, BT)
+            raw = load_rows(decay_ptr + row * (HG * K), local, HG * K, columns, keep, K, BK)
+            k = load_rows(k_ptr + row * stride_kt, local, stride_kt, columns, keep, K, BK)
             log = raw.to(tl.float32) * LOG2E
             if DOTS & 1:
                 decayed = running_sum((local[:, None] >= local[None, :]).to(tl.bfloat16), raw, TERMS) * LOG2E
             else:
                 decayed = tl.cumsum(log, 0)
-            whole = tl.sum(log, 0)
+            if STRONG:
+                writer = tl.exp2(tl.sum(log, 0)[None, :] - decayed)
+            else:
+                at_whole = factor_ptr + ((start // BT + item + last - 1 - step) * H + head) * K + columns
+                whole = tl.load(at_whole, mask=in_k, other=1.0)[None, :]
+                writer = tl.exp2(-decayed) * whole
             if BONUS:
                 reader = tl.exp2(decayed - log)
             else:
                 reader = tl.exp2(decayed)
-            writer = tl.exp2(whole[None, :] - decayed)
-            dqs = tl.load(dqs_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            dqs = tl.load(dqs_ptr + at_chunk + at, mask=inside, other=0.0).to(tl.float32)
             dq = dqs * reader
             if WRITERS:
                 dscores_transposed = tl.trans(dscores)
-                q = load_rows(q_ptr, rows, stride_qt, columns, keep, K, BK)
-                dks = tl.load(dks_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                q = load_rows(q_ptr + row * stride_qt, local, stride_qt, columns, keep, K, BK)
+                dks = tl.load(dks_ptr + at_chunk + at, mask=inside, other=0.0).to(tl.float32)
                 dk = dks * writer
                 if DECAY_GRADIENT:
                     # Products of a pair use operands rounded as the dots round them: then q dq and k dk cancel in the
@@ -119,7 +132,7 @@ def finish(
                     read = (q * reader).to(DOT).to(tl.float32) * dqs
                     product = read - (k * writer).to(DOT).to(tl.float32) * dks
             if not STRONG:
-                unscale = tl.exp2(-whole)[None, :]
+                unscale = 1.0 / whole
                 near_k = (k * writer).to(DOT)
                 if BONUS:
                     part = tl.dot(tl.where(diagonal, 0.0, dscores), near_k, input_precision=PRECISION)
@@ -160,22 +173,24 @@ def finish(
             if DECAY_GRADIENT:
                 total = tl.sum(product, 0)
                 if DOTS & 2:
-                    later = (local[:, None] <= local[None, :]).to(tl.bfloat16)
-                    gradient = carry[None, :] + running_sum(later, product, 3 if tl.float32 == DOT else 2)
+                    # Through the triangle that the decay's sums take, which stays in registers.
+                    through = (local[:, None] >= local[None, :]).to(tl.bfloat16)
+                    prefix = running_sum(through, product, 3 if tl.float32 == DOT else 2)
+                    gradient = (carry + total)[None, :] - prefix + product
                 else:
                     gradient = (carry + total)[None, :] - tl.cumsum(product, 0) + product
                 if BONUS:
                     gradient -= read
-                tl.store(ddecay_ptr + at, gradient.to(ddecay_ptr.dtype.element_ty), mask=inside)
+                tl.store(ddecay_ptr + at_chunk + at, gradient.to(ddecay_ptr.dtype.element_ty), mask=inside)
                 carry += total
             if BONUS:
                 own = tl.sum(tl.where(diagonal, dscores.to(tl.float32), 0.0), 1)[:, None]
                 dq += own * bonus[None, :] * k
                 dk += own * bonus[None, :] * q
                 dbonus += tl.sum(own * q * k, 0)
-            tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+            tl.store(dq_ptr + at_chunk + at, dq.to(dq_ptr.dtype.element_ty), mask=inside)
             if WRITERS:
-                tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
+                tl.store(dk_ptr + at_chunk + at, dk.to(dk_ptr.dtype.element_ty), mask=inside)
         if BONUS:
             if mine:
                 tl.store(dbonus_ptr + slot, dbonus, mask=in_k)

@@ -371,5 +371,6 @@ def finish_chunks(
     )
     for strong in (False, True):
         tile = _tile("finish_strong" if strong else "finish", K, 0, k)
-        finish[(ceil_div(K, tile["BK"]), blocks, layout.items.count * H)](**arguments, STRONG=strong, **tile)
+        count = ceil_div(blocks, 8) if strong else blocks
+        finish[(ceil_div(K, tile["BK"]), count, layout.items.count * H)](**arguments, STRONG=strong, **tile)
     return dq, dk, ddecay, None if dbonus is None or bonus is None else dbonus.sum(0).to(bonus.dtype)

@@ -96,7 +96,8 @@ def slot_attention(slots: Slots, ctx: Context) -> Tensor:
     )
     remember(ctx, "key_state", key_state)
     o, value_state = linear_attention(
-        torch.softmax(scores.float(), dim=-1).to(slots.v.dtype),
+        # Formed in fp32 and rounded once, as torch does inside for 16-bit scores.
+        torch.softmax(scores, dim=-1).to(slots.v.dtype),
         slots.weight,
         slots.v,
         key_decay=slots.log_decay,
