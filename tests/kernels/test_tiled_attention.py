@@ -11,7 +11,7 @@ import math
 import torch
 
 from flame.kernels.forgetting_attention import forgetting_attention
-from flame.kernels.softmax_attention import softmax_attention, triton_pruning
+from flame.kernels.softmax_attention import gates, softmax_attention, triton_gates, triton_pruning
 from flame.kernels.softmax_attention.gates import running_sums
 
 TOLERANCE = 1e-5
@@ -145,3 +145,15 @@ def test_activation_checkpointing_recomputes_the_same():
     got = torch.autograd.grad(o.square().sum(), list(call.values()))
     want = torch.autograd.grad(forgetting_attention(**call, backend="triton").square().sum(), list(call.values()))
     assert all(torch.equal(one, other) for one, other in zip(got, want))
+
+
+def test_gates_in_one_kernel_equal_those_in_torch():
+    g = torch.Generator().manual_seed(3)
+    forget = -torch.rand(2, 1500, 3, generator=g)
+    torch.testing.assert_close(
+        triton_gates.running_sums(forget).double().sum(0), running_sums(forget).double().sum(0), atol=0, rtol=1e-12
+    )
+    rows, columns = torch.randn(2, 3, 1100, generator=g), torch.randn(2, 3, 1500, generator=g)
+    total = -columns
+    total[..., 400:] += rows
+    torch.testing.assert_close(triton_gates.gate_gradient(rows, columns), gates.gate_gradient(total, None))

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import register_flop_formula
 from flame.kernels import tiles
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv, power_of_2
-from flame.kernels.softmax_attention.gates import boundaries, gate_gradient, running_sums
+from flame.kernels.softmax_attention import gates, triton_gates
+from flame.kernels.softmax_attention.gates import boundaries
 from flame.kernels.softmax_attention.triton_backward import attention_dkv, attention_dq
 from flame.kernels.softmax_attention.triton_forward import attention_forward
 from flame.kernels.softmax_attention.triton_pruning import first_keys, last_rows, threshold
@@ -80,7 +81,7 @@ def _forward(
     (B, Tq, H, _), Tk = q.shape, k.shape[1]
     tile = pick_tile("forward", q, v, log_forget is not None)
     o, lse = q.new_empty(B, Tq, H, v.shape[3]), q.new_empty(B, H, Tq, dtype=torch.float32)
-    sums = q.new_empty(0, dtype=torch.float32) if log_forget is None else running_sums(log_forget)
+    sums = q.new_empty(0, dtype=torch.float32) if log_forget is None else triton_gates.running_sums(log_forget)
     prune = log_forget is not None and share > 0
     bound = threshold(q, k, scale, share) if prune else q.new_empty(0, dtype=torch.float32)
     start = first_keys(sums, bound, Tq, tile["BM"], tile["BN"]) if prune else None
@@ -154,11 +155,18 @@ def _gradients(
     nothing = lse.new_empty(0)
     dforget = nothing
     if row_total is not None and column_total is not None:
-        dtotal = column_total.neg_()
-        dtotal[..., Tk - Tq :] += row_total
-        dforget = gate_gradient(dtotal, cu_seqlens)
+        dforget = _gate_gradient(row_total, column_total, cu_seqlens)
     dsink = nothing if sink is None else _sink_gradient(sink, lse, delta)
     return dq, dk, dv, dforget, dsink
+
+
+def _gate_gradient(rows: Tensor, columns: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """d log_forget `[B, Tk, H]` from the row and column sums of dS."""
+    if cu_seqlens is None:
+        return triton_gates.gate_gradient(rows, columns)
+    dtotal = columns.neg_()
+    dtotal[..., columns.shape[2] - rows.shape[2] :] += rows
+    return gates.gate_gradient(dtotal, cu_seqlens)
 
 
 def _sink_gradient(sink: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

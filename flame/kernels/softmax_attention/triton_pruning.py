@@ -16,28 +16,50 @@ from torch import Tensor
 
 from flame.kernels.layout import cdiv, power_of_2
 
-SPAN = 1024  # rows of which one program takes the largest norm
+SPAN = 512  # rows of which one program takes the largest norm
 TILE = 32
 LANES = 128
 
 
 @triton.jit
 def _norm_kernel(
-    x, out, row_stride, head_stride, T, SPAN: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr
-):
-    """The largest squared norm of SPAN rows of a head: x `[B, T, H, D]`, out `[B, H, spans]` fp32."""
+    q, k, out, q_row, q_head, k_row, k_head, Tq, Tk, spans, H: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The largest squared norm of SPAN rows of a head of q `[B, Tq, H, D]` or, beyond its heads, of k `[B, Tk, Hk, D]`: out
+    `[B, H + Hk, spans]` fp32."""
     span, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BD)
-    x += b * T * row_stride + h * head_stride
+    stride = tl.where(h < H, q_row, k_row)
+    T = tl.where(h < H, Tq, Tk)
+    x = q + b * Tq * q_row + h * q_head
+    if h >= H:
+        x = k + b * Tk * k_row + (h - H) * k_head
     most = tl.zeros([TILE], tl.float32)
     for start in range(span * SPAN, tl.minimum((span + 1) * SPAN, T), TILE):
         t = start + tl.arange(0, TILE)
         rows = tl.load(
-            x + t.to(tl.int64)[:, None] * row_stride + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
+            x + t.to(tl.int64)[:, None] * stride + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
         )
         rows = rows.to(tl.float32)
         most = tl.maximum(most, tl.sum(rows * rows, 1))
-    tl.store(out + (b * tl.num_programs(1) + h) * tl.num_programs(0) + span, tl.max(most, 0))
+    tl.store(out + (b * tl.num_programs(1) + h) * spans + span, tl.max(most, 0))
+
+
+@triton.jit
+def _bound_kernel(norms, out, spans, slope, offset, H: tl.constexpr, Hk: tl.constexpr, LANES: tl.constexpr):
+    """``slope * largest norm of q * largest norm of k + offset`` of each head: out `[B, H]`."""
+    b = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    q_most = tl.zeros([LANES], tl.float32)
+    k_most = tl.zeros([LANES], tl.float32)
+    for start in range(0, spans, LANES):
+        n = start + tl.arange(0, LANES)
+        q_most = tl.maximum(q_most, tl.load(norms + (b * (H + Hk) + h) * spans + n, mask=n < spans, other=0.0))
+        at = norms + (b * (H + Hk) + H + h // (H // Hk)) * spans
+        k_most = tl.maximum(k_most, tl.load(at + n, mask=n < spans, other=0.0))
+    reach = tl.sqrt(tl.max(q_most, 0)) * tl.sqrt(tl.max(k_most, 0))
+    tl.store(out + tl.program_id(0), reach * slope + offset)
 
 
 @triton.jit
@@ -75,18 +97,16 @@ def _search_kernel(
 
 def threshold(q: Tensor, k: Tensor, scale: float, share: float) -> Tensor:
     """`[B, H]` fp32: the base-2 gate sum below which keys can be left out. q and k as `triton_flash.as_rows` leaves them."""
-    q_norm, k_norm = _largest_norms(q), _largest_norms(k)
-    reach = (q_norm.unflatten(1, (k.shape[2], -1)) * k_norm.unsqueeze(2)).sqrt().flatten(1, 2)
-    return reach * (-2 * math.log2(math.e) * abs(scale)) + (math.log2(share) - math.log2(k.shape[1]))
-
-
-def _largest_norms(x: Tensor) -> Tensor:
-    """`[B, H]` fp32: the largest squared norm of a row of x `[B, T, H, D]`."""
-    B, T, H, D = x.shape
-    spans = cdiv(T, SPAN)
-    out = x.new_empty(B, H, spans, dtype=torch.float32)
-    _norm_kernel[spans, H, B](x, out, x.stride(1), x.stride(2), T, SPAN=SPAN, TILE=TILE, D=D, BD=max(16, power_of_2(D)))
-    return out.amax(2)
+    (B, Tq, H, D), (Tk, Hk) = q.shape, k.shape[1:3]
+    spans = cdiv(Tk, SPAN)
+    norms, out = q.new_empty(B, H + Hk, spans, dtype=torch.float32), q.new_empty(B, H, dtype=torch.float32)
+    _norm_kernel[spans, H + Hk, B](
+        q, k, norms, q.stride(1), q.stride(2), k.stride(1), k.stride(2), Tq, Tk, spans, H=H, SPAN=SPAN, TILE=TILE, D=D,
+        BD=max(16, power_of_2(D)),
+    )  # fmt: skip
+    slope, offset = -2 * math.log2(math.e) * abs(scale), math.log2(share) - math.log2(Tk)
+    _bound_kernel[(B * H,)](norms, out, spans, slope, offset, H=H, Hk=Hk, LANES=LANES, num_warps=1)
+    return out
 
 
 def first_keys(sums: Tensor, bound: Tensor, queries: int, BM: int, BN: int) -> Tensor:
