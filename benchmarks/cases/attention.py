@@ -27,6 +27,9 @@ OURS = (
 )
 
 
+KINDS = ("fox open", "fox initial", "path", "path gated")
+
+
 def make_inputs(kind: str, shape: tuple[int, ...], device: torch.device, seed: int, small: bool) -> Tensors:
     B, T, H, Hk, D, Dv = shape
     if small:
@@ -39,8 +42,10 @@ def make_inputs(kind: str, shape: tuple[int, ...], device: torch.device, seed: i
     call = {"q": normal(H, D).bfloat16(), "k": normal(Hk, D).bfloat16(), "v": normal(Hk, Dv).bfloat16()}
     if kind.startswith("fox"):  # gates near 1, where nothing can be left out, or as at initialization
         call["log_forget"] = F.logsigmoid(normal(H) + (6 if kind == "fox open" else 0))
-    if kind == "path":
+    if kind.startswith("path"):
         call["w"], call["beta"] = F.normalize(normal(Hk, D), dim=-1), 2 * normal(Hk).sigmoid()
+    if kind == "path gated":
+        call["log_forget"] = F.logsigmoid(normal(H) + 4)
     return call
 
 
@@ -49,7 +54,7 @@ def ours(kind: str, backend: str | None = None) -> Call:
         from flame.kernels.forgetting_attention import forgetting_attention
 
         return lambda x: forgetting_attention(**x, backend=backend)
-    if kind == "path":
+    if kind.startswith("path"):
         from flame.kernels.path_attention import path_attention
 
         return lambda x: path_attention(**x, backend=backend)
@@ -71,10 +76,10 @@ def torch_backend(name: str) -> Call:
 
 
 def fla(kind: str) -> Call:
-    if kind == "path":
+    if kind.startswith("path"):
         from fla.ops.path_attn.parallel import parallel_path_attn
 
-        return lambda x: parallel_path_attn(x["q"], x["k"], x["v"], x["w"], x["beta"])[0]
+        return lambda x: parallel_path_attn(x["q"], x["k"], x["v"], x["w"], x["beta"], g=x.get("log_forget"))[0]
     from fla.ops.forgetting_attn import parallel_forgetting_attn
 
     return lambda x: parallel_forgetting_attn(x["q"], x["k"], x["v"], x["log_forget"])
@@ -82,7 +87,7 @@ def fla(kind: str) -> Call:
 
 def benchmarks() -> list[Benchmark]:
     found = [make_benchmark("softmax", shape) for shape in SOFTMAX]
-    return found + [make_benchmark(kind, shape) for kind in ("fox open", "fox initial", "path") for shape in OURS]
+    return found + [make_benchmark(kind, shape) for kind in KINDS for shape in OURS]
 
 
 def make_benchmark(kind: str, shape: tuple[int, ...]) -> Benchmark:
@@ -93,7 +98,7 @@ def make_benchmark(kind: str, shape: tuple[int, ...]) -> Benchmark:
             implementations[name.lower()] = partial(torch_backend, name)
     else:
         implementations["flash-linear-attention"] = lambda: fla(kind)
-    reference = "chunked" if kind == "path" else "reference"
+    reference = "chunked" if kind.startswith("path") else "reference"
     return Benchmark(
         op="attention",
         name=f"{kind} B={B} T={T} H={H}/{Hk} D={D} Dv={Dv}",

@@ -1,6 +1,6 @@
 """Compile the tiled attention kernels for sm_90 and print what each needs, as JSON.
 
-Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain|:part] ...
+Arguments: H:Hk:K:V:dtype[:packed|:window|:sink|:plain|:part|:path] ...
 """
 
 import json
@@ -10,6 +10,7 @@ from tests.compile import compile_only  # isort: skip
 
 import torch
 
+from flame.kernels.path_attention import path_attention
 from flame.kernels.path_attention.triton_parts import TritonParts
 from flame.kernels.softmax_attention import triton_flash
 
@@ -30,6 +31,10 @@ def main(words):
             parts.inverse(torch.zeros(1, 64, 64))
             report(word)
             continue
+        if "path" in options:
+            compile_path(int(H), int(Hk), int(K), getattr(torch, dtype))
+            report(word)
+            continue
         gates = torch.zeros(1, 256, int(H), requires_grad=True)
         bounds = torch.tensor([0, 100, 256], dtype=torch.int32) if "packed" in options else None
         plain = not {"window", "sink", "plain"}.isdisjoint(options)
@@ -39,6 +44,16 @@ def main(words):
         )  # fmt: skip
         o.backward(torch.ones_like(o))
         report(word)
+
+
+def compile_path(H, Hk, K, dtype, tokens=2100):
+    """Three levels."""
+    call = {name: torch.zeros(1, tokens, heads, K, dtype=dtype) for name, heads in (("q", H), ("k", Hk), ("v", Hk))}
+    call |= {"w": torch.zeros(1, tokens, Hk, K), "beta": torch.zeros(1, tokens, Hk)}
+    call["log_forget"] = torch.zeros(1, tokens, H)
+    leaves = {name: x.requires_grad_() for name, x in call.items()}
+    o = path_attention(**leaves, backend="triton")
+    o.backward(torch.ones_like(o))
 
 
 def report(word):

@@ -54,7 +54,7 @@ def test_tree_of_blocks_equals_the_definition(tokens, gate, packed, monkeypatch)
     call = inputs(tokens, gate=gate, batch=1 if packed else 2)
     bounds = torch.tensor([0, 2, 2, tokens // 2, tokens], dtype=torch.int32) if packed else None
     expected = outputs(call, "reference", cu_seqlens=bounds)
-    o, _ = path_tree(*call.values(), *([] if gate else [None]), bounds, 8**-0.5, False)
+    o, *_ = path_tree(*call.values(), *([] if gate else [None]), bounds, 8**-0.5, False)
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = {"o": o, **dict(zip(call, torch.autograd.grad((o * weight).sum(), list(call.values()))))}
     for name, value in expected.items():

@@ -74,7 +74,7 @@ def heads_of(p: Problem) -> Iterator[Heads]:
     """All heads of a problem, as many at a time as SCRATCH allows."""
     B, T, H, K = p.q.shape
     Hk, length = p.k.shape[2], padded_blocks(T) * BASE
-    each, gates = H // Hk, _running_gates(p)
+    each, gates = H // Hk, running_gates(p)
     count = max(1, SCRATCH // (4 * B * length * K * each))
     wide = torch.promote_types(p.q.dtype, torch.float32)
 
@@ -96,7 +96,7 @@ def _pad(x: Tensor, axis: int, length: int) -> Tensor:
     return x if missing == 0 else F.pad(x, (0, 0) * (x.dim() - 1 - axis) + (0, missing))
 
 
-def _running_gates(p: Problem) -> Tensor | None:
+def running_gates(p: Problem) -> Tensor | None:
     """[B, T, H] fp64, base 2. Documents are kept apart by gates that let nothing through at their first tokens."""
     if p.log_forget is None and p.cu_seqlens is None:
         return None

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels.direct import Direct
 from flame.kernels.path_attention import tree
+from flame.kernels.path_attention.levels import kept_shapes, padded_tokens
 from flame.kernels.path_attention.parts import Parts, PlainParts
 from flame.kernels.path_attention.problem import Problem
 from flame.kernels.softmax_attention.gates import gate_gradient
@@ -23,6 +24,13 @@ def _parts(tiled: bool) -> Parts:
     return TritonParts()
 
 
+KEYS, VALUES = (64,), (32, 64)  # head sizes whose levels run as few kernels, as checked on an H200; others run as parts
+
+
+def _walked(q: Tensor, v: Tensor, tiled: bool) -> bool:
+    return tiled and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in KEYS and v.shape[3] in VALUES
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -33,9 +41,17 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     tiled: bool,
-) -> tuple[Tensor, Tensor]:
-    """o `[B, T, H, V]` and every query's base-2 log of its softmax sum `[B, H, T padded]`. tiled: by Triton's kernels."""
-    return tree.forward(Problem(q, k, v, w, beta, log_forget, scale, cu_seqlens), _parts(tiled))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o `[B, T, H, V]` and every query's base-2 log of its softmax sum `[B, H, T padded]`; what walks keep for the backward
+    (`levels.kept_shapes`), else empty. tiled: by Triton's kernels."""
+    problem = Problem(q, k, v, w, beta, log_forget, scale, cu_seqlens)
+    if _walked(q, v, tiled):
+        from flame.kernels.path_attention import triton_tree
+
+        o, lse, kept = triton_tree.forward(problem)
+        return o, lse, kept.q, kept.k, kept.e
+    o, lse = tree.forward(problem, _parts(tiled))
+    return o, lse, q.new_empty(0), q.new_empty(0), lse.new_empty(0)
 
 
 _path = torch.library.custom_op("flame::path_attention", _forward, mutates_args=())
@@ -44,7 +60,10 @@ _path = torch.library.custom_op("flame::path_attention", _forward, mutates_args=
 @_path.register_fake
 def _(q, k, v, w, beta, log_forget, cu_seqlens, scale, tiled):
     (B, T, H, _), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, tree.padded_blocks(T) * tree.BASE, dtype=wide)
+    walked = _walked(q, v, tiled)
+    shapes = kept_shapes(q, k) if walked else ((0,),) * 3
+    o, tokens = q.new_empty(B, T, H, v.shape[3]), padded_tokens(T) if walked else tree.padded_blocks(T) * tree.BASE
+    return o, q.new_empty(B, H, tokens, dtype=wide), *map(q.new_empty, shapes[:2]), q.new_empty(shapes[2], dtype=wide)
 
 
 def _gradients(
@@ -58,12 +77,22 @@ def _gradients(
     cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    q_kept: Tensor,
+    k_kept: Tensor,
+    e_kept: Tensor,
     scale: float,
     tiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dw, dbeta and d log_forget (empty without gates)."""
     problem = Problem(q, k, v, w, beta, log_forget, scale, cu_seqlens)
-    found = tree.backward(problem, o, lse, do.to(q.dtype), _parts(tiled))
+    if _walked(q, v, tiled):
+        from flame.kernels.path_attention import triton_tree
+
+        kept = triton_tree.Rows(q_kept, k_kept, e_kept)
+        found = triton_tree.backward(problem, o, lse, kept, do.to(q.dtype))
+        found |= {"w": found["w"].to(w.dtype), "beta": found["beta"].to(beta.dtype)}
+    else:
+        found = tree.backward(problem, o, lse, do.to(q.dtype), _parts(tiled))
     dforget = lse.new_empty(0)
     if log_forget is not None:
         dforget = (gate_gradient(found["gates"], cu_seqlens) * scale).to(log_forget.dtype)
@@ -74,19 +103,19 @@ _path_backward = torch.library.custom_op("flame::path_attention_backward", _grad
 
 
 @_path_backward.register_fake
-def _(do, q, k, v, w, beta, log_forget, cu_seqlens, o, lse, scale, tiled):
+def _(do, q, k, v, w, beta, log_forget, cu_seqlens, o, lse, q_kept, k_kept, e_kept, scale, tiled):
     dforget = lse.new_empty(0) if log_forget is None else log_forget.new_empty(log_forget.shape)
     return *(x.new_empty(x.shape) for x in (q, k, v, w, beta)), dforget
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.tiled = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, do: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None:
         return (None,) * 9
     saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
