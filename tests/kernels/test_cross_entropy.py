@@ -111,7 +111,7 @@ def test_a_label_outside_the_vocabulary_makes_the_loss_nan():
 
 
 def test_chunks_are_few_even_and_whole_tiles():
-    assert Chunking().size(32768, 64000) == 11008
+    assert Chunking().size(32768, 64000) == 8192
     assert Chunking().size(16384, 256512) == 4096
     assert Chunking().size(12300, 64000) == 6272
     assert Chunking().size(5, 64000) == 5

@@ -19,11 +19,11 @@ MakeGradient = Callable[[Tensor, slice], None]  # (logits [n, V] of these tokens
 class Chunking:
     """How many tokens' logits are alive at a time: at most `rows`, and at most `bytes` of them.
 
-    Adding to the fp32 gradient of weight costs a read and a write of it a chunk, which 12288 tokens make cheap beside the
-    products (2 %, part of it hidden); more tokens only cost memory.
+    Adding to the fp32 gradient of weight costs a read and a write of it a chunk. Chunks of 8192 tokens took the time of chunks
+    of 11008 on an H200 (32768 x 2048 x 32000) and 172 MiB less.
     """
 
-    rows: int = 12288
+    rows: int = 8192
     bytes: int = 1 << 30
     multiple: int = 128  # of rows in a chunk: a tile of the matrix product
 
