@@ -8,6 +8,7 @@ compile what was noted; LLVM and ptxas, where the time goes, do not hold Python'
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -58,7 +59,8 @@ def _launches(run: Callable[[], object]) -> list[tuple[Any, str]]:
 
     knobs.runtime.jit_cache_hook = note
     try:
-        run()
+        with contextlib.suppress(Exception):  # what is wrong shows at the launch itself
+            run()
     finally:
         knobs.runtime.jit_cache_hook = previous
     return list(found.values())
@@ -75,4 +77,5 @@ def _compile(launches: list[tuple[Any, str]]) -> None:
 def _preload(kernel: Any, specialization: str, device: int | None) -> None:
     if device is not None:
         torch.cuda.set_device(device)  # every thread has its own
-    kernel.preload(specialization)
+    with contextlib.suppress(Exception):  # the launch compiles it again, and says what is wrong
+        kernel.preload(specialization)
