@@ -4,6 +4,13 @@
 
 writes kernels.json, kernels.md and, with matplotlib, kernels.png. A case module ``benchmarks/cases/<op>.py`` has one
 function ``benchmarks() -> list[Benchmark]``.
+
+Peers that autotune compile for minutes. `benchmarks.warm` does that beforehand in many processes on the GPU's machine,
+`benchmarks.precompile_kernels` on one without a GPU. With the latter's folder, run twice: first, several processes at once,
+
+    python -m benchmarks.kernels --op delta_rule --precompiled $CACHES --untimed --share 0/4
+
+compiles ours and loads the peers' kernels; then, alone, the same without `--untimed --share` times what was loaded.
 """
 
 from __future__ import annotations
@@ -19,10 +26,12 @@ from pathlib import Path
 import torch
 
 import benchmarks.cases
-from benchmarks.harness import Benchmark, Cell, measure, milliseconds
+from benchmarks.harness import Benchmark, Cell, measure, milliseconds, prepare
+from benchmarks.pretuned import share_compiled, tune_recorded
 from benchmarks.warm import tune_quickly
 
 OURS = "flame"
+RECORD = "kernels.txt"  # what `benchmarks.precompile_kernels` compiled
 
 
 def find(ops: list[str], texts: list[str]) -> list[Benchmark]:
@@ -32,6 +41,12 @@ def find(ops: list[str], texts: list[str]) -> list[Benchmark]:
     found = [each for name in names for each in importlib.import_module(f"benchmarks.cases.{name}").benchmarks()]
     texts = [text.replace("_", " ") for text in texts]
     return [each for each in found if not texts or any(text in each.name.replace("_", " ") for text in texts)]
+
+
+def share_of(benchmarks: list[Benchmark], share: str) -> list[Benchmark]:
+    """`index/count`: every count-th, from the index-th on."""
+    index, count = map(int, share.split("/"))
+    return benchmarks[index::count]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -133,6 +148,9 @@ def main() -> None:
     parser.add_argument("--repeat-ms", type=int, default=100, help="measuring time per clock, round and implementation")
     parser.add_argument("--profile", action="store_true", help="also time each kernel of ours (torch.profiler)")
     parser.add_argument("--quick-tuning", action="store_true", help="peers time each configuration for 15 ms, not 100")
+    parser.add_argument("--precompiled", type=Path, help="folder of benchmarks.precompile_kernels")
+    parser.add_argument("--untimed", action="store_true", help="only first calls and gradient checks")
+    parser.add_argument("--share", default="0/1", help="index/count: this process takes every count-th case")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further case after this long")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -141,11 +159,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.quick_tuning:
         tune_quickly()
-    facts, begun = machine(device), time.perf_counter()
+    if args.precompiled:
+        share_compiled()
+        tune_recorded(args.precompiled / RECORD, timed=not args.untimed)
+    facts, begun = {} if args.untimed else machine(device), time.perf_counter()
     cells: list[Cell] = []
-    for benchmark in find(args.op, args.case):
+    for benchmark in share_of(find(args.op, args.case), args.share):
         if time.perf_counter() - begun > args.seconds:
             print(f"No time left for {benchmark.name}.")
+            continue
+        if args.untimed:
+            prepare(benchmark, device, lambda cells: None)
+            torch.cuda.empty_cache()
             continue
         done = list(cells)
 
@@ -159,7 +184,8 @@ def main() -> None:
         for cell in cells[-len(benchmark.implementations) :]:
             for kernel, microseconds in cell.kernels_us.items():
                 print(f"    {microseconds:9.1f} us  {kernel}", flush=True)
-    plot(cells, args.out / "kernels.png")
+    if cells:
+        plot(cells, args.out / "kernels.png")
 
 
 if __name__ == "__main__":
