@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.training import describe_step, load
+from benchmarks.training import describe, load, profile_step
 from flame.config import JobConfig, model_values
 from flame.data.batch import Batch
 from flame.data.build import microbatch_rows
@@ -138,7 +138,7 @@ def measure(path: str, shape: str, layout: str, overrides: list[str], steps: int
     peaks /= 2**30
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     if profiled:
-        text = describe_step(lambda _: run(batches).loss, None)  # type: ignore[arg-type]
+        text = describe(profile_step(lambda _: run(batches).loss, None))  # type: ignore[arg-type]
         with open(f"{profiled}_{os.path.basename(path)}_{layout}_{dist.get_rank()}.txt", "w") as file:
             file.write(text)
     name = os.path.basename(path).removesuffix(".toml")
