@@ -1,5 +1,6 @@
-"""Plans of jobs, checked against known sizes, against FSDP2 itself and against what autograd keeps."""
+"""Plans of jobs, checked against known sizes, against FSDP2 itself and against what the compiler keeps."""
 
+import functools
 import json
 import math
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flame import cli
 from flame.config import load_job
 from flame.errors import ConfigError
 from flame.models.context import make_context
 from flame.models.decoder import build_model
+from flame.parallel.activation_checkpoint import selective_policy
 from flame.plan import Links, block_activations, count_parameters, default_world_size, make_plan, shard_numel
 from flame.plan.report import render
 
@@ -94,28 +97,47 @@ def test_rows_are_dealt_out_like_chunks():
         assert shard_numel(parameter.shape, ranks) == torch.chunk(parameter, ranks)[0].numel()
 
 
-@pytest.mark.parametrize("model_type, options", [("gla", {}), ("retnet", {}), ("linear_attn", {}), ("lightnet", {})])
-def test_activations_are_near_what_autograd_keeps_with_fused_kernels(model_type, options, monkeypatch):
+def kept_by_compiler(block, x, ctx, carried, contexts):
+    """Bytes a token that torch's compiler keeps for the backward of a block on the meta device."""
+    kept, weights = {}, {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+
+    def run(x):
+        return block(x, ctx.at_layer(None, carried))[0]
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    call = run if contexts is None else lambda x: checkpoint(run, x, use_reentrant=False, context_fn=contexts)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = compiled(x.requires_grad_())  # while it lives, so does all that it keeps
+    assert output.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+
+
+@pytest.mark.parametrize(
+    "model_type, options",
+    [("gla", {}), ("transformer", {}), ("mamba2", {})]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("gated_deltanet", {}), ("kda", {}), ("retnet", {}), ("rwkv7", {}), ("hgrn2", {})]
+    ],
+)
+def test_activations_are_what_the_compiler_keeps(model_type, options, monkeypatch):
     monkeypatch.setenv("FLAME_BACKEND", "triton")  # on meta tensors kernels are known by their shapes only
-    kept = {}
     with torch.device("meta"):
         model = build_model({"model_type": model_type, "num_hidden_layers": 2, **options}).to(torch.bfloat16)
-        x = torch.empty(1, 256, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        ctx = make_context(256, x.device)
+        x = torch.empty(64, 2048, model.config.hidden_size, dtype=torch.bfloat16)
+        ctx = make_context(2048, x.device)
         with torch.no_grad():
-            _, carried = model.blocks[0](x, ctx.at_layer(None, model.decoder.initial_carried()))
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.blocks[1](x, ctx.at_layer(None, carried))
-        with torch.no_grad():
+            x, carried = model.blocks[0](x, ctx.at_layer(None, model.decoder.initial_carried()))
             counted = block_activations(model.blocks[1], x, ctx.at_layer(None, carried))
-    measured = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights) / 256
-    assert 0.8 < counted.kept / measured < 1.25
+    by_op = functools.partial(create_selective_checkpoint_contexts, selective_policy)
+    for ours, contexts in ((counted.kept, None), (counted.kept_by_op, by_op)):
+        measured = kept_by_compiler(model.blocks[1], x, ctx, carried, contexts) / (64 * 2048)
+        assert ours == pytest.approx(measured, rel=0.1)
     assert counted.stream < counted.kept_by_op < counted.kept
 
 

@@ -141,9 +141,10 @@ def accumulated_bytes(part: StageModel, job: JobConfig, count: int) -> int:
 def backward_bytes(stage: LocalStage, job: JobConfig, tokens: float) -> int:
     """The largest block in its backward: activations computed again and their gradients, and those of its weights as
     computed and as reduced."""
-    training, again = job.training, 0.0
-    if job.activation_checkpoint.mode != "none":
-        again = max(block.kept - block.stream + block.gradients for block in stage.blocks)
+    training, section, again = job.training, job.activation_checkpoint, 0.0
+    if section.mode != "none":
+        by_op = section.mode == "selective" and section.selective_ac_option == "op"
+        again = max(b.kept - (b.kept_by_op if by_op else b.stream) + b.gradients for b in stage.blocks)
     largest = max(held(block.parameters()) for block in stage.part.blocks)
     unreduced = BYTES[training.mixed_precision_param] + BYTES[training.mixed_precision_reduce]
     return math.ceil(again * tokens) + unreduced * largest
