@@ -162,6 +162,14 @@ def test_gradients_of_chunks_sum_over_heads_that_share_keys(kind, heads, paralle
     check_triton(inputs(kind, 130, batch=1, heads=heads))
 
 
+@pytest.mark.parametrize("heads", [(2, 2, 2), (1, 1, 2)])
+def test_gradients_of_chunks_end_at_the_last_key_channel(heads, parallel):
+    g = torch.Generator().manual_seed(0)  # 48 channels in a block of 64, and not one of 16 is half full
+    q, k, v = (torch.randn(1, 130, n, d, generator=g).double() for n, d in zip(heads, (48, 48, 16)))
+    call = {"q": q, "k": k, "v": v, "scalar_decay": -torch.rand(1, 130, 2, generator=g).double() / 10}
+    check_triton({name: x.requires_grad_() for name, x in call.items()})
+
+
 def test_gradients_of_chunks_sum_over_tiles_of_values(parallel):
     g = torch.Generator().manual_seed(0)
     q, k, v, decay = (torch.randn(1, 70, *size, generator=g).double() for size in ((1, 5), (1, 5), (2, 37), (2,)))

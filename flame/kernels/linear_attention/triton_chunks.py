@@ -235,7 +235,7 @@ def chunk_gradients(
         # Read again, from the cache, in parts: kept from above, they would take the place of another program.
         PART: tl.constexpr = 16
         product = tl.zeros([PART, BV], tl.float32)
-        for part in tl.static_range(BK // PART):
+        for part in tl.static_range((K + PART - 1) // PART):
             k_part = part * PART + tl.arange(0, PART)
             cell = state_offsets(k_part, v_index, K, V, False)
             s = load_state(state_ptr + slot * K * V, cell, k_part, v_index, K, V, PART, BV)

@@ -43,7 +43,7 @@ def states_product(
     """<S, dS> of a tile of values, read from the cache in parts: whole, for one sum, they would take all registers."""
     PART: tl.constexpr = 16
     product = tl.zeros([PART, BV], tl.float32)
-    for part in tl.static_range(BK // PART):
+    for part in tl.static_range((K + PART - 1) // PART):
         k_index = part * PART + tl.arange(0, PART)
         cell = state_offsets(k_index, v_index, K, V, False)
         state = load_state(state_ptr, cell, k_index, v_index, K, V, PART, BV)
