@@ -93,14 +93,19 @@ def test_negative_eigenvalues_learn_parity_and_extend_it():
 
 
 @pytest.mark.slow
-def test_two_householder_steps_learn_permutations_and_extend_them():
+def test_two_householder_steps_learn_permutations_and_one_does_not():
     config = {"model_type": "gated_deltaproduct", "vocab_size": 6, "num_heads": 4, "head_dim": 32, **PLAIN}
     config |= {"num_householder": 2, "allow_neg_eigval": True, "use_forget_gate": False, "use_output_gate": False}
     model = train(permutations, config, tokens=8, steps=600)
     assert accuracy(model, permutations, 16) > 0.99
+    model = train(permutations, config | {"num_householder": 1}, tokens=8, steps=600)
+    assert accuracy(model, permutations, 16) < 0.9
 
 
 @pytest.mark.slow
-def test_many_pairs_are_recalled():
-    model = train(recall, {"model_type": "delta_net", "vocab_size": 64, "num_hidden_layers": 2}, 24, 250, lr=1e-2)
+def test_many_pairs_are_recalled_and_plain_linear_attention_recalls_few():
+    config = {"vocab_size": 64, "num_hidden_layers": 2}
+    model = train(recall, {"model_type": "delta_net", **config}, 24, 250, lr=1e-2)
     assert accuracy(model, recall, 24) > 0.98
+    model = train(recall, {"model_type": "linear_attn", **config}, 24, 250, lr=1e-2)
+    assert accuracy(model, recall, 24) < 0.5
