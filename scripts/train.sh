@@ -31,6 +31,12 @@ fi
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 
+# Starting, torchrun imports torch for itself: seconds that a single process that nobody restarts need not wait.
+if [ "$NGPU" = 1 ] && [ "$NNODES" = 1 ] && [ "${MAX_RESTARTS:-0}" = 0 ]; then
+    unset RANK WORLD_SIZE LOCAL_RANK
+    exec "$flame_bin/python3" -m flame.train "$@"
+fi
+
 launch=(--nproc-per-node "$NGPU" --max-restarts "${MAX_RESTARTS:-0}")
 launch+=(--role rank --tee 3 --local-ranks-filter "${LOG_RANK:-0}")
 if [ "$NNODES" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then

@@ -21,7 +21,7 @@ exit 0
 """
 
 
-def commands(tmp_path, *arguments):
+def commands(tmp_path, *arguments, **variables):
     """What a script asks of Python in a checkout without an environment."""
     shutil.copytree(ROOT / "scripts", tmp_path / "checkout" / "scripts")
     (tmp_path / "bin").mkdir()
@@ -29,7 +29,7 @@ def commands(tmp_path, *arguments):
     python.write_text(STAND_IN)
     python.chmod(python.stat().st_mode | stat.S_IEXEC)
     log = tmp_path / "log"
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "STAND_IN_LOG": str(log)}
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "STAND_IN_LOG": str(log), **variables}
     result = subprocess.run(
         ["bash", *arguments], cwd=tmp_path / "checkout", env=environment, capture_output=True, text=True, timeout=60
     )
@@ -50,3 +50,11 @@ def test_a_bare_machine_installs_the_project_and_its_extra_whatever_the_argument
 def test_training_passes_all_arguments_to_the_job(tmp_path):
     asked = commands(tmp_path, "scripts/train.sh", "JOB.toml", "--training.steps", "3")
     assert asked[-1].endswith("-m flame.train JOB.toml --training.steps 3")
+
+
+@pytest.mark.parametrize(
+    "variables, launched", [({"NGPU": "1"}, False), ({"NGPU": "1", "MAX_RESTARTS": "2"}, True), ({"NGPU": "2"}, True)]
+)
+def test_only_several_processes_or_restarts_take_torchrun(tmp_path, variables, launched):
+    asked = commands(tmp_path, "scripts/train.sh", "JOB.toml", **variables)
+    assert ("torch.distributed.run" in asked[-1]) == launched and "-m flame.train JOB.toml" in asked[-1]

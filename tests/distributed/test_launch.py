@@ -70,8 +70,9 @@ def launch(tmp_path):
         run.end()
 
 
-def test_sigterm_to_the_script_saves_and_ends_with_zero(launch):
-    run = launch()
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_sigterm_to_the_script_saves_and_ends_with_zero(launch, processes):
+    run = launch(NGPU=processes)
     run.wait_for("step:     6 ")
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(timeout=60) == 0, run.log.read_text()
