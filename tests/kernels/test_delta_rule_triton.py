@@ -8,7 +8,7 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 
 import torch
 
-from flame.kernels.delta_rule import plan
+from flame.kernels.delta_rule import plan, triton_op
 from tests.kernels.test_delta_rule import call, gradients, make_inputs
 
 VARIANTS = ["plain", "scalar", "key", "comba", "erase", "grouped", "product", "no_beta", "untied"]
@@ -93,6 +93,30 @@ def test_long_sequences_cut_in_segments_equal_the_recurrence(variant, packed, mo
     options = {"cu_seqlens": torch.tensor([0, 0, 40, 290]).int()} if packed else {}
     assert plan.make_cut(1, 290, 3 if packed else None, 1, 132).cut
     check(variant, inputs, **options)
+
+
+@pytest.mark.parametrize("variant", ["plain", "comba", "grouped"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_backward_by_parts_of_the_batch_is_the_same(variant, cut, monkeypatch):
+    inputs = make_inputs(variant, B=4, T=130, H=1, K=16, V=16)
+    if cut:
+        monkeypatch.setattr(plan, "SHORTEST_SEGMENT", 1)
+    want = gradients(variant, {n: x.detach().float().requires_grad_() for n, x in inputs.items()}, backend="triton")
+    asked = []
+    monkeypatch.setattr(triton_op, "backward_parts", lambda *sizes: asked.append(sizes) or 2)
+    got = gradients(variant, {n: x.detach().float().requires_grad_() for n, x in inputs.items()}, backend="triton")
+    assert asked and asked[0][0].cut == cut
+    for have, expected in zip(got, want):
+        torch.testing.assert_close(have, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_parts_keep_a_program_for_each_processor_and_packed_rows_are_one():
+    device = torch.device("cpu")
+    cut = plan.make_cut(8, 4096, None, 32, 132)
+    assert plan.backward_parts(cut, 8, 32, False, device) == 2
+    assert plan.backward_parts(plan.make_cut(64, 4096, None, 32, 132), 64, 32, False, device) == 16
+    assert plan.backward_parts(plan.make_cut(3, 64, None, 2, 132), 3, 2, False, device) == 1
+    assert plan.backward_parts(cut, 8, 32, True, device) == 1
 
 
 def test_states_merge_by_parts_where_keys_are_wide(monkeypatch):

@@ -53,6 +53,8 @@ def cases() -> list[Case]:
     checked += [Shape("untied", 1, 700, 2, 64, 64, strong=True), Shape("untied", 1, 4096 + 7, 2, 64, 64)]
     checked += [Shape("untied", 1, LENGTHS[-1], 2, 64, 64, packed=True)]
     checked += [Shape("scalar", 1, 200, 2, 128, 128, hard=True), Shape("scalar", 1, 4103, 1, 256, 512)]
+    checked += [Shape(kind, 2, 200, 2, 32, 32) for kind in ("plain", "scalar", "key", "untied")]
+    checked += [Shape("product", 2, 70, 2, 16, 32)]
     checked.append(Shape("scalar", 1, 1037, 2, 256, 768))  # 512 values and a state's 256 columns: context parallelism
     tuned = [Shape(kind, 8, 4096, 16, 128, 128, state=False) for kind in ("plain", "scalar", "key")]
     tuned += [Shape("scalar", 8, 4096, 6, 256, 512, state=False), Shape("scalar", 8, 4096, 16, 64, 64, state=False)]
@@ -131,7 +133,7 @@ def tile_keys(s: Shape) -> dict[str, list[tiles.Tile]]:
     if s.kind == "untied":
         names = (*SWEEPS, "form", "gate", *("gradients " + "+".join(parts).lower() for parts in LAUNCHES))
         choices = {"invert": [], "merge": [], **{f"dplr {name}": [] for name in names}}
-    erase = s.kind in ("comba", "untied")
+    erase = s.kind in ("comba", "key", "untied")  # a decay per key makes read rows of its own
     return {tile_key(name, decay, s.K, s.V, s.dtype, erase): candidates for name, candidates in choices.items()}
 
 

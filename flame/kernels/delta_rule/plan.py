@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,6 +57,23 @@ def make_cut(batch: int, tokens: int, documents: int | None, columns: int, proce
     # A sequence of t tokens has at most t // size + 1 pieces.
     items = documents if whole else tokens // length + documents
     return Cut(tokens // CHUNK + documents, items, tokens if whole else length, not whole)
+
+
+def backward_parts(cut: Cut, batch: int, columns: int, packed: bool, device: torch.device) -> int:
+    """How many parts of the batch the backward takes, one after the other.
+
+    What it holds between its kernels goes down with their number. Parts are no more than may be had without running the
+    sweeps' programs, one to a processor, in more waves than those of the whole batch.
+    """
+    programs, processors = cut.num_items * columns, tiles.multiprocessors(device)
+    waves = -(-programs // processors)
+    parts = [n for n in range(1, batch + 1) if batch % n == 0 and n * -(-programs // (n * processors)) <= waves]
+    return 1 if packed else max(parts, default=1)
+
+
+def part_of(tensors: Sequence[Tensor | None], part: int, parts: int) -> list[Tensor | None]:
+    """Of tensors whose first axis is the batch, or its chunks or items, the rows of one part of the batch."""
+    return [None if x is None else x[len(x) * part // parts : len(x) * (part + 1) // parts] for x in tensors]
 
 
 def make_plan(cut: Cut, batch: int, tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Plan:

@@ -87,7 +87,12 @@ def form_dplr(
         in_keys = channel < K
         cell = at_key + row[:, None] * (H * K) + channel[None, :]
         mask = keep[:, None] & in_keys[None, :]
+        # All rows are asked for before anything is used.
         log = tile_of(decay_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE).to(tl.float32) * LOG2E
+        q = tile_of(q_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
+        k = tile_of(k_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
+        a = tile_of(a_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
+        b = tile_of(b_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
         total = tl.cumsum(log, 0)
         before = tl.minimum(total - log, 0.0)
         whole = tl.sum(log, 0)
@@ -97,10 +102,6 @@ def form_dplr(
         if not SCORES:
             tl.store(total_ptr + cell, total, mask=mask)
         tl.store(factor_ptr + program.to(tl.int64) * K + channel, tl.exp2(whole), mask=in_keys)
-        q = tile_of(q_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
-        k = tile_of(k_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
-        a = tile_of(a_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
-        b = tile_of(b_ptr + at_key, row, H * K, channel, keep, in_keys, WHOLE)
         tl.store(seen_ptr + cell, (q * (tl.exp2(total) * scale)).to(dtype), mask=mask)
         tl.store(read_ptr + cell, (a * tl.exp2(before)).to(dtype), mask=mask)
         closing = tl.exp2(tl.minimum(whole[None, :] - total, 0.0))

@@ -157,8 +157,8 @@ def forward(*inputs):
 
 
 def _rehearse(inputs):
-    o, final, *saved = _forward(*inputs)
-    _backward(*inputs[:-1], *saved, o, final, inputs[-1])
+    o, _, *saved = _forward(*inputs)
+    _backward(*inputs[:-1], *saved, o, None, inputs[-1])
 
 
 def _forward(q, k, v, a, b, decay, initial_state, cu_seqlens, scale):
@@ -232,6 +232,8 @@ def _(q, k, v, a, b, decay, initial_state, cu_seqlens, inverse, scores, opening,
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:-1], *output[2:])
     ctx.scale = inputs[-1]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # or zeros stand in for the gradients of what is only saved
 
 
 def _autograd(ctx, do, dfinal, *_):

@@ -177,16 +177,47 @@ def row_gradients(
     length = tl.load(chunk_ptr + 2 * chunk + 1)
     if length == 0:
         return
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
     row = tl.arange(0, C)
     keep = row < length
-    channel = tile * TK + tl.arange(0, TK)
-    in_keys = channel < K
     block = program.to(tl.int64)
     vector = vector_ptr + block * (ROWS * C) + row
     state_ptr += block * (K * V)
     dstate_ptr += block * (K * V)
     do_ptr += start * stride_ot + head * stride_oh
     at_value = (start * H + head) * V
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
+    a_ptr += start * stride_at + (head // GROUP) * stride_ah
+    at_key = (start * H + head) * K
+    square = block * (C * C)
+    channel = tile * TK + tl.arange(0, TK)
+    in_keys = channel < K
+    # All but the tiles of values is asked for at once, before anything is used: a load costs the time to wait for it.
+    beta = tl.load(vector + BETA * C)
+    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
+    k_length = tl.load(vector + K_LENGTH * C)
+    a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
+    if DECAY == SCALAR:
+        total = tl.load(vector + TOTAL * C)
+        whole = tl.load(vector_ptr + block * (ROWS * C) + TOTAL * C + C - 1)
+        read = tl.load(vector + READ * C) if EXCLUSIVE else total
+    dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
+    dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
+    sums = sum_ptr + block * (SUMS * C) + row
+    o_do = tl.load(sums + O_DO * C)
+    v_du = tl.load(sums + V_DU * C)
+    w_du = tl.load(sums + W_DU * C)
+    own = tl.load(sums + OWN * C)
+    q_factor = q_length
+    a_factor = -a_length
+    k_factor = k_length
+    if DECAY == SCALAR:
+        q_factor = q_factor * tl.exp2(total)
+        a_factor = a_factor * tl.exp2(read)
+        k_factor = k_factor * tl.exp2(whole - total)
+    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
+    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
     dq = tl.zeros([C, TK], tl.float32)
     da = tl.zeros([C, TK], tl.float32)
     dk = tl.zeros([C, TK], tl.float32)
@@ -204,70 +235,26 @@ def row_gradients(
         dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
         if DECAY == SCALAR:
             overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    q = tile_of(
-        q_ptr + start * stride_qt + (head // GROUP) * stride_qh, row, stride_qt, channel, keep, in_keys, K % TK == 0
-    )
-    k = tile_of(
-        k_ptr + start * stride_kt + (head // GROUP) * stride_kh, row, stride_kt, channel, keep, in_keys, K % TK == 0
-    )
-    beta = tl.load(vector + BETA * C)
-    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
-    k_length = tl.load(vector + K_LENGTH * C)
-    a = k
-    a_length = k_length
-    if ERASE:
-        a_ptr += start * stride_at + (head // GROUP) * stride_ah
-        a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0)
-        a_length = tl.load(vector + A_LENGTH * C)
-    q_factor = q_length
-    a_factor = -a_length
-    k_factor = k_length
-    if DECAY == SCALAR:
-        total = tl.load(vector + TOTAL * C)
-        whole = tl.load(vector_ptr + block * (ROWS * C) + TOTAL * C + C - 1)
-        read = tl.load(vector + READ * C) if EXCLUSIVE else total
-        q_factor = q_factor * tl.exp2(total)
-        a_factor = a_factor * tl.exp2(read)
-        k_factor = k_factor * tl.exp2(whole - total)
-    square = block * (C * C)
-    dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
+    a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0) if ERASE else k
     dq = tl.dot(dscores, k, dq * q_factor[:, None], input_precision=DOT)
-    dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
     da = tl.dot(dsystem, k, da * a_factor[:, None], input_precision=DOT)
     dk = dk * k_factor[:, None]
     wide_k = k.to(tl.float32)
     if DECAY == SCALAR:
-        dwhole = tl.sum(overlap, 0) * tl.exp2(whole) + tl.sum(tl.sum(wide_k * dk, 1), 0)
-    dscores_t = tl.load(dscore_ptr + square + row[:, None] + row[None, :] * C)
-    dk = tl.dot(dscores_t, q, dk, input_precision=DOT)
-    dsystem_t = tl.load(dsystem_ptr + square + row[:, None] + row[None, :] * C)
-    dsystem_t = (dsystem_t * beta[None, :]).to(dscores_t.dtype)
-    dk = tl.dot(dsystem_t, a, dk, input_precision=DOT)
-
+        dwhole = tl.sum(wide_k * dk, 1)
+    # Transposed as they were loaded: a product's own result must not be.
+    dk = tl.dot(tl.trans(dscores), q, dk, input_precision=DOT)
+    dk = tl.dot(tl.trans(dsystem), (a * beta[:, None]).to(dtype), dk, input_precision=DOT)
     wide_q = q.to(tl.float32)
     wide_a = a.to(tl.float32)
-    sums = sum_ptr + block * (SUMS * C) + row
-    part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
     erased = tl.sum(wide_a * da, 1)
-    if HAS_BETA:
-        v_du = tl.load(sums + V_DU * C)
-        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + erased, mask=keep)
     if DECAY == SCALAR:
-        erased = erased * beta
-        dtotal = tl.sum(wide_q * dq - wide_k * dk, 1) + erased
-        ddecay = tl.sum(dtotal, 0) + dwhole - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
-        if EXCLUSIVE:
-            ddecay -= erased
-        tl.store(ddecay_ptr + part, ddecay, mask=keep)
-    own = tl.load(sums + OWN * C)
+        dtotal = tl.sum(wide_q * dq - wide_k * dk, 1) + erased * beta
     dq += own[:, None] * wide_k
     dk += own[:, None] * wide_q
     da = da * beta[:, None]
-    o_do = tl.load(sums + O_DO * C)
-    w_du = tl.load(sums + W_DU * C)
-    erase_along = w_du - tl.load(sums + V_DU * C) * beta
-    at_key = (start * H + head) * K
     mask = keep[:, None] & in_keys[None, :]
+    erase_along = w_du - v_du * beta
     store_rows(dq_ptr + at_key, dq, wide_q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
     if ERASE:
         store_rows(da_ptr + at_key, da, wide_a, a_length, erase_along, row, H * K, channel, mask, NORMALIZE)
@@ -275,3 +262,12 @@ def row_gradients(
     else:
         along = w_du + erase_along
         store_rows(dk_ptr + at_key, dk + da, wide_k, k_length, along, row, H * K, channel, mask, NORMALIZE)
+    part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
+    if HAS_BETA:
+        tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + erased, mask=keep)
+    if DECAY == SCALAR:
+        dwhole = tl.sum(dtotal + dwhole, 0) + tl.sum(overlap, 0) * tl.exp2(whole)
+        ddecay = dwhole - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
+        if EXCLUSIVE:
+            ddecay -= erased * beta
+        tl.store(ddecay_ptr + part, ddecay, mask=keep)

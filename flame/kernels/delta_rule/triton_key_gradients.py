@@ -89,9 +89,33 @@ def key_decay_row_gradients(
     at_value = (start * H + head) * V
     at_key = (start * H + head) * K
     total_ptr += at_key
+    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
+    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
+    if ERASE:
+        a_ptr += start * stride_at + (head // GROUP) * stride_ah
+    square = block * (C * C)
+    pivot_at = total_ptr + pivot_row(length, C) * H * K + channel
+    sums = sum_ptr + block * (SUMS * C) + row
+    if not HALVES:  # all but the tiles of values is asked for before the first product
+        beta = tl.load(vector + BETA * C)
+        q_length = tl.load(vector + Q_LENGTH * C)  # scale included
+        k_length = tl.load(vector + K_LENGTH * C)
+        a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
+        own = tl.load(sums + OWN * C)
+        o_do = tl.load(sums + O_DO * C)
+        v_du = tl.load(sums + V_DU * C)
+        w_du = tl.load(sums + W_DU * C)
+        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
+        whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
+        dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
+        dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
+        total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
+        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
+        q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
     # The decay's own gradient would need all of dq, da and dk at once; it is gathered as each of them is done.
     dq = tl.zeros([C, TK], tl.float32)
     da = tl.zeros([C, TK], tl.float32)
+    dk = tl.zeros([C, TK], tl.float32)
     overlap = tl.zeros([TK], tl.float32)  # <S, dS'> by key
     for offset in range(0, V, BV):
         column = offset + tl.arange(0, BV)
@@ -102,30 +126,28 @@ def key_decay_row_gradients(
         dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
         dq = tl.dot(do, tl.trans(state), dq, input_precision=DOT)
         da = tl.dot(du, tl.trans(state), da, input_precision=DOT)
+        if not HALVES:
+            write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+            dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
         overlap += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    q_ptr += start * stride_qt + (head // GROUP) * stride_qh
-    k_ptr += start * stride_kt + (head // GROUP) * stride_kh
-    if ERASE:
-        a_ptr += start * stride_at + (head // GROUP) * stride_ah
-    square = block * (C * C)
-    beta = tl.load(vector + BETA * C)
-    k_length = tl.load(vector + K_LENGTH * C)
-    a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
-    pivot_at = total_ptr + pivot_row(length, C) * H * K + channel
-    sums = sum_ptr + block * (SUMS * C) + row
-    own = tl.load(sums + OWN * C)
+    if HALVES:
+        beta = tl.load(vector + BETA * C)
+        k_length = tl.load(vector + K_LENGTH * C)
+        a_length = tl.load(vector + A_LENGTH * C) if ERASE else k_length
+        own = tl.load(sums + OWN * C)
     mask = keep[:, None] & in_keys[None, :]
 
     # dq and da.
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
+    if HALVES:
+        total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
     read = total
     if EXCLUSIVE:
         read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, K % TK == 0)
-    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
-    q_length = tl.load(vector + Q_LENGTH * C)  # scale included
-    dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
-    dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
     if HALVES:
+        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
+        q_length = tl.load(vector + Q_LENGTH * C)  # scale included
+        dscores = tl.load(dscore_ptr + square + row[:, None] * C + row[None, :])
+        dsystem = tl.load(dsystem_ptr + square + row[:, None] * C + row[None, :])
         dq = dq * (tl.exp2(total) * q_length[:, None])
         da = da * (tl.exp2(read) * -a_length[:, None])
         half = C // 2
@@ -139,7 +161,6 @@ def key_decay_row_gradients(
             da += tl.exp2(tl.minimum(read - pivot, 0.0)) * change
             half = half // 2
     else:
-        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
         key = (k * tl.exp2(pivot[None, :] - total)).to(dtype)
         opened = tl.exp2(pivot)[None, :]
         # What the state gives is decayed from the chunk's start: by e^p more than what the keys give.
@@ -147,24 +168,28 @@ def key_decay_row_gradients(
         da = tl.dot(dsystem, key, da * (opened * -a_length[:, None]), input_precision=DOT)
         dq = dq * tl.exp2(total - pivot[None, :])
         da = da * tl.exp2(read - pivot[None, :])
-    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0).to(tl.float32)
-    dtotal = q * dq
+    if HALVES:
+        q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
+        o_do = tl.load(sums + O_DO * C)
+    wide_q = q.to(tl.float32)
+    dtotal = wide_q * dq
     dq += own[:, None] * k
     at = row[:, None] * (H * K) + channel[None, :]
-    o_do = tl.load(sums + O_DO * C)
-    store_rows(dq_ptr + at_key, dq, q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
+    store_rows(dq_ptr + at_key, dq, wide_q, q_length / scale, o_do, row, H * K, channel, mask, NORMALIZE)
     a = k
     if ERASE:
         a = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0)
     erased = a * da
-    v_du = tl.load(sums + V_DU * C)
+    if HALVES:
+        v_du = tl.load(sums + V_DU * C)
     if HAS_BETA:
         part = (tile * tokens.to(tl.int64) + start) * H + head + row * H
         tl.store(dbeta_ptr + part, tl.where(tile == 0, v_du, 0.0) + tl.sum(erased, 1), mask=keep)
     da = da * beta[:, None]
     erased = erased * beta[:, None]
     dtotal += erased
-    w_du = tl.load(sums + W_DU * C)
+    if HALVES:
+        w_du = tl.load(sums + W_DU * C)
     along = w_du
     if EXCLUSIVE:
         # The erase read does not see its own row's decay.
@@ -179,29 +204,32 @@ def key_decay_row_gradients(
         along = 2.0 * w_du - v_du * beta
 
     # dk, which `da` joins where the erase key is the key.
-    dk = tl.zeros([C, TK], tl.float32)
-    for offset in range(0, V, BV):
-        column = offset + tl.arange(0, BV)
-        inside = column < V
-        write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
-        dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
-        dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
-    total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
-    whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
+    if HALVES:
+        for offset in range(0, V, BV):
+            column = offset + tl.arange(0, BV)
+            inside = column < V
+            write = tile_of(write_ptr + at_value, row, H * V, column, keep, inside, V % BV == 0)
+            dstate = state_tile(dstate_ptr, channel, V, column, in_keys, inside, K % TK == 0 and V % BV == 0)
+            dk = tl.dot(write, tl.trans(dstate), dk, input_precision=DOT)
+    if HALVES:
+        total = tile_of(total_ptr, row, H * K, channel, keep, in_keys, K % TK == 0)
+        whole = tl.load(total_ptr + (length - 1) * H * K + channel, mask=in_keys, other=0.0)
     dk = dk * (tl.exp2(tl.minimum(whole[None, :] - total, 0.0)) * k_length[:, None])
-    k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0).to(tl.float32)
-    dwhole = overlap * tl.exp2(whole) + tl.sum(k * dk, 0)
-    q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
+    if HALVES:
+        k = tile_of(k_ptr, row, stride_kt, channel, keep, in_keys, K % TK == 0)
+        q = tile_of(q_ptr, row, stride_qt, channel, keep, in_keys, K % TK == 0)
+    wide_k = k.to(tl.float32)
+    dwhole = overlap * tl.exp2(whole) + tl.sum(wide_k * dk, 0)
     read = total
     if EXCLUSIVE:
         read = tile_of(total_ptr - H * K, row, H * K, channel, keep & (row > 0), in_keys, K % TK == 0)
-    erase = k
+    erase = wide_k
     if ERASE:
         erase = tile_of(a_ptr, row, stride_at, channel, keep, in_keys, K % TK == 0).to(tl.float32)
-    dscores_t = tl.load(dscore_ptr + square + row[:, None] + row[None, :] * C)
-    dsystem_t = tl.load(dsystem_ptr + square + row[:, None] + row[None, :] * C)
-    dsystem_t = (dsystem_t * beta[None, :]).to(dtype)
     if HALVES:
+        dscores_t = tl.load(dscore_ptr + square + row[:, None] + row[None, :] * C)
+        dsystem_t = tl.load(dsystem_ptr + square + row[:, None] + row[None, :] * C)
+        dsystem_t = (dsystem_t * beta[None, :]).to(dtype)
         half = C // 2
         while half > 0:
             pivot = pivots(total_ptr, row, length, H * K, channel, in_keys, half)
@@ -213,16 +241,17 @@ def key_decay_row_gradients(
             dk += decay * change
             half = half // 2
     else:
-        pivot = tl.load(pivot_at, mask=in_keys, other=0.0)
-        change = tl.dot(dscores_t, (q * tl.exp2(total - pivot[None, :])).to(dtype), input_precision=DOT)
-        right = (erase * tl.exp2(read - pivot[None, :])).to(dtype)
-        change = tl.dot(dsystem_t, right, change, input_precision=DOT)
+        # Transposed as they were loaded: a product's own result must not be.
+        seen = (q * tl.exp2(total - pivot[None, :])).to(dtype)
+        right = erase * tl.exp2(read - pivot[None, :])
+        change = tl.dot(tl.trans(dscores), seen, input_precision=DOT)
+        change = tl.dot(tl.trans(dsystem), (right * beta[:, None]).to(dtype), change, input_precision=DOT)
         dk += tl.exp2(pivot[None, :] - total) * change
-    dtotal -= k * dk
+    dtotal -= wide_k * dk
     ddecay = (tl.sum(dtotal, 0) + dwhole)[None, :] - tl.cumsum(dtotal, 0) + dtotal  # suffix sums
     if EXCLUSIVE:
         tl.debug_barrier()  # other threads may have stored what this one loads
         ddecay += tl.load(ddecay_ptr + at_key + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(ddecay_ptr + at_key + at, ddecay.to(ddecay_ptr.dtype.element_ty), mask=mask)
     dk += own[:, None] * q + da
-    store_rows(dk_ptr + at_key, dk, k, k_length, along, row, H * K, channel, mask, NORMALIZE)
+    store_rows(dk_ptr + at_key, dk, wide_k, k_length, along, row, H * K, channel, mask, NORMALIZE)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from flame.kernels import tiles
 from flame.kernels.compile_together import compile_together
-from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, make_cut, make_plan, tile_key
+from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, backward_parts, make_cut, make_plan, part_of, tile_key
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
 from flame.kernels.delta_rule.triton_key_forms import form_keys, form_keys_by_halves
@@ -110,7 +112,8 @@ class Call:
 
 
 def padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    """Channels of a tile that holds `size`. Triton 3.6 compiles narrower tiles than 64 to accesses out of bounds."""
+    return max(16 if knobs.runtime.interpret else 64, triton.next_power_of_2(size))
 
 
 def default_value_tile(K: int, V: int) -> int:
@@ -122,13 +125,21 @@ def sweep_tile(K: int, V: int) -> dict[str, int]:
 
 
 def cut_of(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Cut:
-    columns = v.shape[2] * -(-v.shape[3] // default_value_tile(k.shape[3], v.shape[3]))
     documents = None if cu_seqlens is None else cu_seqlens.numel() - 1
+    columns = v.shape[2] * -(-v.shape[3] // default_value_tile(k.shape[3], v.shape[3]))
     return make_cut(q.shape[0], q.shape[1], documents, columns, tiles.multiprocessors(q.device))
 
 
-def make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale) -> Call:
-    cut = cut_of(q, k, v, cu_seqlens)
+def parts_of_backward(k: Tensor, v: Tensor, decay: Tensor | None, cut: Cut, packed: bool) -> int:
+    """How many parts of the batch the backward takes one after the other. With a decay per key channel it takes all at
+    once: there a processor runs two programs of a sweep at a time, and half of the batch leaves it one."""
+    if decay is not None and decay.dim() == 4:
+        return 1
+    return backward_parts(cut, v.shape[0], v.shape[2] * -(-v.shape[3] // 64), packed, k.device)
+
+
+def make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale, *, cut: Cut | None = None) -> Call:
+    cut = cut_of(q, k, v, cu_seqlens) if cut is None else cut
     plan = make_plan(cut, q.shape[0], q.shape[1], cu_seqlens, q.device)
     q, k, v = (as_rows(x) for x in (q, k, v))
     erase = None if erase is None else as_rows(erase)
@@ -295,9 +306,9 @@ def forward(*inputs):
 
 
 def _rehearse(inputs):
-    o, final, *saved = _forward(*inputs)
+    o, _, *saved = _forward(*inputs)
     *tensors, exclusive, normalize, scale = inputs
-    _backward(*tensors, *saved, o, o, final, exclusive, normalize, scale)
+    _backward(*tensors, *saved, o, o, None, exclusive, normalize, scale)
 
 
 def _forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
@@ -342,10 +353,35 @@ def backward(*inputs):
 
 
 def _backward(
-    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal,
-    exclusive, normalize, scale,
+    q, k, v, beta, decay, erase, initial_state, cu_seqlens, vectors, inverse, scores, opening, maps, o, do, dfinal, *options
 ):  # fmt: skip
-    c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
+    tensors = (q, k, v, beta, decay, erase, initial_state, vectors, inverse, scores, opening, maps, o, do, dfinal)
+    cut = cut_of(q, k, v, cu_seqlens)
+    parts = parts_of_backward(k, v, decay, cut, cu_seqlens is not None)
+    if parts == 1:
+        return tuple(_backward_rows(cut, cu_seqlens, tensors, None, options))
+    share = replace(cut, num_chunks=cut.num_chunks // parts, num_items=cut.num_items // parts)
+    gradients = [*_gradients_of(tensors[:6]), _gradient_of_state(tensors)]
+    for part in range(parts):
+        _backward_rows(share, None, part_of(tensors, part, parts), part_of(gradients, part, parts), options)
+    return tuple(gradients)
+
+
+def _gradients_of(inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Room for the gradients of the inputs [B, T, H, ...]; empty where there is no such input."""
+    empty = inputs[0].new_empty(0)
+    return [empty.clone() if x is None else x.new_empty(x.shape) for x in inputs]
+
+
+def _gradient_of_state(tensors: Sequence[Tensor | None]) -> Tensor:
+    q, initial_state = tensors[0], tensors[6]
+    return q.new_empty((0,) if initial_state is None else initial_state.shape, dtype=torch.float32)
+
+
+def _backward_rows(cut, cu_seqlens, tensors, into, options) -> Sequence[Tensor]:
+    """The gradients of the tensors that are differentiated, of a part of the batch; written to `into` if that is given."""
+    q, k, v, beta, decay, erase, initial_state, vectors, inverse, scores, opening, maps, o, do, dfinal = tensors
+    c = make_call(q, k, v, beta, decay, erase, cu_seqlens, *options, cut=cut)
     p = run_prepare(c, (vectors, inverse, scores))
     do = as_rows(do.to(v.dtype))
     dfinal = None if dfinal is None else dfinal.float().contiguous()
@@ -357,30 +393,33 @@ def _backward(
         changes = c.item_states()
         run_reverse(p, do, None, changes, None)
         closing = run_merge(c, maps, changes, dfinal, reverse=True)
-    dinitial = c.new(0, dtype=torch.float32)
-    if initial_state is not None:
-        dinitial = c.new(*initial_state.shape, dtype=torch.float32)
+    dinitial = _gradient_of_state(tensors) if into is None else into[-1]
     dstates, du = c.chunk_states(), v.new_empty(v.shape)
     run_reverse(p, do, closing, None if initial_state is None else dinitial, (dstates, du))
-    gradients = run_gradients(c, p, (o, do), (states, dstates, writes, du))
-    return *gradients, dinitial
+    p = replace(p, call=c)  # lets go of the rows that a decay per key has multiplied
+    into = [*_gradients_of(tensors[:6]), dinitial] if into is None else into
+    run_gradients(c, p, (o, do), (states, dstates, writes, du), into)
+    return into
 
 
-def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: tuple[Tensor, ...]) -> list[Tensor]:
-    """dq, dk, dv, dbeta, ddecay, derase; empty where there is no such tensor. c: the call as it was made; output: o and
-    do; pieces: states, their gradients, writes, dU."""
+def run_gradients(
+    c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: tuple[Tensor, ...], into: Sequence[Tensor]
+) -> None:
+    """Fill dq, dk, dv, dbeta, ddecay, derase; nothing is in `into` where there is no such tensor. c: the call as it was
+    made; output: o and do; pieces: states, their gradients, writes, dU."""
     o, do = output
     heads = (*c.q.shape[:2], c.H)
-    dq, dk = c.new(*heads, c.K), c.new(*heads, c.K)
-    derase = c.new(0) if c.erase is None else c.new(*heads, c.K)
-    dv = c.v.new_empty(c.v.shape)
+    grouped = c.q.shape[2] != c.H
+    dq, dk, derase = (c.new(*heads, c.K) if grouped and x.numel() else x for x in (into[0], into[1], into[5]))
+    dv = into[2]
     M, H, rows = c.cut.num_chunks, c.H, c.q.shape[0] * c.q.shape[1]
-    tile = c.tile("rows", {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1})
+    default = {"TK": min(64, padded(c.K)), "BV": 64, "num_warps": 4, "num_stages": 1}
+    tile = c.tile("rows", default)
     parts = triton.cdiv(c.K, tile["TK"])
     # Every tile of keys makes a part of the gradients that are sums over key channels.
     dbeta = c.new(0) if c.beta is None else c.new(parts, *heads, dtype=torch.float32)
     shape = {NONE.value: (0,), SCALAR.value: (parts, *heads), KEY.value: (*heads, c.K)}[c.decay_kind]
-    ddecay = c.new(*shape, dtype=c.decay.dtype if c.decay_kind == KEY.value else torch.float32)
+    ddecay = into[4] if c.decay_kind == KEY.value else c.new(*shape, dtype=torch.float32)
     if c.packed:  # the documents may end before the row does
         for x in (dq, dk, dv, derase, dbeta, ddecay):
             x.zero_()
@@ -394,21 +433,8 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
         H=H, V=c.V, C=CHUNK, **common, **c.tile("scores", {"BV": 64, "num_warps": 8, "num_stages": 1}),
     )  # fmt: skip
     tensors = (
-        p.vectors,
-        c.plan.chunks,
-        states,
-        dstates,
-        writes,
-        du,
-        dscores,
-        dsystem,
-        sums,
-        dq,
-        dk,
-        derase,
-        dbeta,
-        ddecay,
-    )
+        p.vectors, c.plan.chunks, states, dstates, writes, du, dscores, dsystem, sums, dq, dk, derase, dbeta, ddecay,
+    )  # fmt: skip
     options = {"HAS_BETA": c.beta is not None, "NORMALIZE": c.normalize, **c.strides("q", "k", "a"), **sizes, **common}
     erase = c.k if c.erase is None else c.erase
     if p.total is None:
@@ -423,18 +449,14 @@ def run_gradients(c: Call, p: Prepared, output: tuple[Tensor, Tensor], pieces: t
                 c.q, c.k, erase, do, p.total, p.moderate, *tensors, c.scale, rows, HALVES=halves, **kind, **options,
                 **chosen,
             )  # fmt: skip
-    dq, dk = _sum_groups(dq, c.q), _sum_groups(dk, c.k)
-    derase = derase if c.erase is None else _sum_groups(derase, c.erase)
-    dbeta = dbeta if c.beta is None else dbeta.sum(0).to(c.beta.dtype)
-    ddecay = ddecay.sum(0).to(c.decay.dtype) if c.decay_kind == SCALAR.value else ddecay
-    return [dq, dk, dv, dbeta, ddecay, derase]
-
-
-def _sum_groups(gradient: Tensor, x: Tensor) -> Tensor:
-    """[B, T, H, D] to x's heads."""
-    if gradient.shape[2] == x.shape[2]:
-        return gradient
-    return gradient.unflatten(2, (x.shape[2], -1)).sum(3)
+    if grouped:
+        for gradient, whole in ((into[0], dq), (into[1], dk), (into[5], derase)):
+            if gradient.numel():
+                torch.sum(whole.unflatten(2, (gradient.shape[2], -1)), 3, out=gradient)
+    if c.beta is not None:
+        into[3].copy_(dbeta.sum(0))
+    if c.decay_kind == SCALAR.value:
+        into[4].copy_(ddecay.sum(0))
 
 
 @backward.register_fake
@@ -452,6 +474,8 @@ def _setup_context(ctx, inputs, output):
     *tensors, exclusive, normalize, scale = inputs
     ctx.save_for_backward(*tensors, *output[2:], output[0])
     ctx.options = exclusive, normalize, scale
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # or zeros stand in for the gradients of what is only saved
 
 
 def _autograd(ctx, do, dfinal, *_):

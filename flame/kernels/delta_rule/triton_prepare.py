@@ -102,6 +102,12 @@ def form_scores(
     if ERASE:
         a_ptr += start * stride_at + (head // GROUP) * stride_ah
     vector = vector_ptr + program.to(tl.int64) * (ROWS * C) + row
+    # Asked for before anything is used, so that the loads run side by side.
+    beta = tl.full([C], 1.0, tl.float32)
+    if HAS_BETA:
+        beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
+    if DECAY == SCALAR:
+        log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
     scores = tl.zeros([C, C], tl.float32)
     system = tl.zeros([C, C], tl.float32)
     q_length = tl.zeros([C], tl.float32)
@@ -137,16 +143,12 @@ def form_scores(
         tl.store(vector + A_LENGTH * C, a_length)
     else:
         a_length = k_length
-    beta = tl.full([C], 1.0, tl.float32)
-    if HAS_BETA:
-        beta = tl.load(beta_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32)
     tl.store(vector + BETA * C, beta)
     scores = scores * q_length[:, None] * k_length[None, :]
     system = system * (a_length * beta)[:, None] * k_length[None, :]
     if DECAY == NONE:
         tl.store(vector + TOTAL * C, tl.zeros([C], tl.float32))
     if DECAY == SCALAR:
-        log = tl.load(decay_ptr + (start + row) * H + head, mask=keep, other=0.0).to(tl.float32) * LOG2E
         total = tl.cumsum(log, 0)
         tl.store(vector + TOTAL * C, total)
         # Exponents above the diagonal would overflow.
