@@ -19,6 +19,8 @@ def test_first_call_compiles_everything_before_a_launch(ops, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert [each["op"] for each in found] == ops
+    compiled = set()  # an op's kernel may serve the next op too
     for each in found:
+        compiled |= {*each["together"]}
         assert each["alone"] == [] and len(each["together"]) >= 4
-        assert {*each["launched"]} <= {*each["together"]}
+        assert {*each["launched"]} <= compiled
