@@ -17,6 +17,7 @@ from flame.kernels.block_attention.triton_layout import Blocks, Entries, cut
 from flame.kernels.layout import cdiv, power_of_2
 
 OP = "block_attention"
+ONCE = True  # load a block once for several tiles of its queries
 
 
 @triton.jit
@@ -57,6 +58,36 @@ def _part_kernel(
 
 
 @triton.jit
+def _block_kernel(
+    q, k, v, order, offsets, bucket_at, begin_at, starts, ends, part, lse, first, S, NB, LENGTH, scale,
+    H: tl.constexpr, Hk: tl.constexpr, Hs: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    GR: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `_part_kernel` does, for LENGTH entries of a block of at most BN keys, which are loaded once."""
+    bucket = tl.load(bucket_at + tl.program_id(0))
+    begin = tl.load(begin_at + tl.program_id(0))
+    end = tl.minimum(begin + LENGTH, tl.load(offsets + bucket + 1))
+    if begin < end:
+        head, block = bucket // NB, bucket % NB
+        start, stop = tl.load(starts + block), tl.load(ends + block)
+        j = start + tl.arange(0, BN)
+        keys = load_rows(k, j.to(tl.int64) * Hk + head, j < stop, K, BK)
+        values = load_rows(v, j.to(tl.int64) * Hk + head, j < stop, V, BV)
+        for i in range(begin, end, BQ):
+            row, t, h, ok = gathered_entries(order, i, end, first, S, Hs, GR, GP, BQ * GP)
+            queries = load_rows(q, t.to(tl.int64) * H + h, ok, K, BK)
+            s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+            s = tl.where(((j[None, :] <= t[:, None]) & (j < stop)[None, :]) | (ok[:, None] == 0), s, -float("inf"))
+            most = tl.max(s, 1)
+            p = tl.exp2(s - most[:, None])
+            total = tl.sum(p, 1)
+            o = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+            store_rows(part, row, ok, o / total[:, None], V, BV)
+            tl.store(lse + row, most + tl.log2(total), mask=ok)
+
+
+@triton.jit
 def _join_kernel(
     choices, part, part_lse, o, lse, rows, first_row, S,
     V: tl.constexpr, GR: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
@@ -85,10 +116,12 @@ def _join_kernel(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and the log2 of every row's softmax sum `[B, T, H]`."""
-    key = tile_key("part", sizes, blocks.size, q.dtype)
-    tile = dict(tiles.choose(OP, key, part_tile(sizes, blocks.size), q.device))
+    whole = ONCE and power_of_2(blocks.size) <= 64 and max(sizes.K, sizes.V) <= 128
+    name, default = ("block", block_tile(sizes)) if whole else ("part", part_tile(sizes, blocks.size))
+    tile = dict(tiles.choose(OP, tile_key(name, sizes, blocks.size, q.dtype), default, q.device))
     queries = sizes.queries(tile.pop("BM"))
-    pieces, S = cut(entries, queries), entries.choices.shape[2]
+    length = max(queries, tile.pop("ROWS") // power_of_2(sizes.rows)) if whole else queries
+    pieces, S = cut(entries, length), entries.choices.shape[2]
     o, lse = q.new_empty(*q.shape[:3], sizes.V), q.new_empty(q.shape[:3], dtype=torch.float32)
     parts = min(entries.band, blocks.tokens) * sizes.H * S
     part, part_lse = q.new_empty(parts, sizes.V), lse.new_empty(parts)
@@ -96,10 +129,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, si
     BV = max(16, power_of_2(sizes.V))
     BR = max(1, 2048 // BV)
     for band, (first, last) in enumerate(entries.queries()):
-        _part_kernel[(pieces.count,)](
-            q, k, v, entries.order, entries.offsets[band], pieces.bucket[band], pieces.begin[band], blocks.starts,
-            blocks.ends, part, part_lse, first, S, blocks.count, scale, **options,
-        )  # fmt: skip
+        tables = (
+            entries.order,
+            entries.offsets[band],
+            pieces.bucket[band],
+            pieces.begin[band],
+            blocks.starts,
+            blocks.ends,
+        )
+        if whole:
+            numbers: tuple[int, ...] = (first, S, blocks.count, length)
+            _block_kernel[(pieces.count,)](q, k, v, *tables, part, part_lse, *numbers, scale, **options)
+        else:
+            numbers = (first, S, blocks.count)
+            _part_kernel[(pieces.count,)](q, k, v, *tables, part, part_lse, *numbers, scale, **options)
         rows = (last - first) * sizes.H
         _join_kernel[(cdiv(rows, BR),)](
             entries.choices[first], part, part_lse, o, lse, rows, first * sizes.H, S, V=sizes.V, GR=sizes.rows, BV=BV,
@@ -111,6 +154,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, si
 def tile_key(name: str, sizes: Sizes, block_size: int, dtype: torch.dtype) -> str:
     """What a tile is filed under; `rows` are the query heads that share a choice."""
     return tiles.key(name, D=sizes.K, E=sizes.V, rows=sizes.rows, block=block_size, dtype=dtype)
+
+
+def block_tile(sizes: Sizes) -> dict[str, int]:
+    """Of blocks of up to 64 keys; ROWS of a piece."""
+    return {"BM": max(16, power_of_2(sizes.rows), 128), "BN": 64, "ROWS": 1024, "num_warps": 8, "num_stages": 2}
 
 
 def part_tile(sizes: Sizes, block_size: int) -> dict[str, int]:

@@ -52,7 +52,8 @@ def levels_of(tokens: int) -> list[Level]:
 
 
 def padded_width(width: int) -> int:
-    return max(16, power_of_2(width))
+    """Columns of a workspace: at least 64, since of rows of 32 the gradients of w and beta were NaN on an H200."""
+    return max(64, power_of_2(width))
 
 
 def kept_shapes(q: Tensor, k: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -41,7 +41,7 @@ def walk_forward(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     unit = tile * BM // UNIT
     a = unit % fan
-    if a == 0:
+    if (a == 0) | (tile * BM >= T):
         return
     kh = row % H // (H // Hk)
     krow = row // H * Hk + kh
