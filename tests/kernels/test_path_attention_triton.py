@@ -8,7 +8,7 @@ from tests.kernels import interpreter  # noqa: F401  isort: skip
 
 import torch
 
-from flame.kernels.path_attention import levels, path_attention, tree, triton_op, triton_tree
+from flame.kernels.path_attention import levels, path_attention, tree, triton_tree
 from flame.kernels.path_attention.parts import PlainParts
 from flame.kernels.path_attention.problem import Problem
 from flame.kernels.path_attention.triton_parts import TritonParts
@@ -100,7 +100,6 @@ def test_walks_equal_the_definition(monkeypatch, tokens, heads, batch, gate, sha
 @pytest.mark.parametrize("rounding", ["tf32", "bf16"])
 def test_walks_in_bf16_stay_near_the_definition(monkeypatch, rounding):
     monkeypatch.setattr(levels, "LAST", 2)
-    monkeypatch.setattr(triton_op, "KEYS", (32,))  # as wide heads go, in less time
     monkeypatch.setattr(triton_tree, "ROUNDING", rounding)
     call = {name: x.detach().float() for name, x in inputs(200, batch=1, heads=2, kv_heads=1, K=32, V=32).items()}
     call |= {name: call[name].bfloat16() for name in "qkv"}

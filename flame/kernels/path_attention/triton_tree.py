@@ -1,4 +1,4 @@
-"""The tree of blocks in a few kernels: how PaTH runs on a GPU for heads of 64.
+"""The tree of blocks in a few kernels: how PaTH runs on a GPU for heads up to 128.
 
 Blocks of 64 tokens (`triton_base`) join by 8 until at most 16 units are left; at every level the queries of a unit see the
 units before theirs in the group (`triton_walk`) through small matrices (`triton_chain`). Of the forward only the output and
@@ -9,11 +9,10 @@ time; levels above take all.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flame.kernels import tiles
@@ -30,9 +29,9 @@ from flame.kernels.softmax_attention.triton_gates import running_sums
 SHARE = 1 << 29  # elements of pairs' matrices K x K times 64 that the lowest level holds at a time
 # BM, BN, warps, stages of the walks by head size.
 TILES = {
-    ("forward", 64): (128, 64, 4, 2),
+    ("forward", 64): (128, 64, 4, 3),
     ("forward", 128): (128, 64, 8, 2),
-    ("dq", 64): (64, 64, 4, 2),
+    ("dq", 64): (64, 64, 4, 3),
     ("dq", 128): (64, 64, 8, 2),
     ("dkv", 64): (64, 64, 4, 2),
     ("dkv", 128): (64, 64, 8, 2),
@@ -40,7 +39,7 @@ TILES = {
 EXACT = (32, 32, 4, 1)
 INVERSE_WARPS = 1
 ROUNDING = "bf16"  # of the gradients inside blocks
-GRADIENT_WARPS = 8
+GRADIENT_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,6 @@ def make_call(p: Problem) -> Call:
     tokens = padded_tokens(p.q.shape[1])
     dense = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.q, p.k, p.v, p.w.float()))
     return Call(*dense, p.beta.float(), _gates(p, tokens), tokens, p.scale)
-
-
-def _readable(c: Call) -> Call:
-    """With values up to the last block: `walks.walk_forward` reads a block without a mask, for queries of padding too."""
-    missing = c.tokens - c.v.shape[1]
-    return c if missing < BLOCK else replace(c, v=F.pad(c.v, (0, 0, 0, 0, 0, missing)))
 
 
 def _gates(p: Problem, tokens: int) -> Tensor | None:
@@ -253,7 +246,7 @@ def attend(c: Call, level: Level, at: Rows, table: Tensor, o: Tensor, lse: Tenso
 def forward(p: Problem) -> tuple[Tensor, Tensor, Rows]:
     """o `[B, T, H, V]`; base 2 and padded, the log of every query's softmax sum `[B, H, tokens]` fp32; the rows of the
     second level (`levels.kept_shapes`)."""
-    c = _readable(make_call(p))
+    c = make_call(p)
     (B, T, H, _), V = p.q.shape, p.v.shape[3]
     o, lse = c.new(B, T, H, V), c.new(B, H, c.tokens, dtype=torch.float32)
     first, *rest = levels_of(c.tokens)
