@@ -17,7 +17,6 @@ from flame.kernels.block_attention.triton_layout import Blocks, Entries, cut
 from flame.kernels.layout import cdiv, power_of_2
 
 OP = "block_attention"
-ONCE = True  # load a block once for several tiles of its queries
 
 
 @triton.jit
@@ -116,11 +115,12 @@ def _join_kernel(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """o `[B, T, H, V]` and the log2 of every row's softmax sum `[B, T, H]`."""
-    whole = ONCE and power_of_2(blocks.size) <= 64 and max(sizes.K, sizes.V) <= 128
+    whole = power_of_2(blocks.size) <= 64 and max(sizes.K, sizes.V) <= 128
     name, default = ("block", block_tile(sizes)) if whole else ("part", part_tile(sizes, blocks.size))
     tile = dict(tiles.choose(OP, tile_key(name, sizes, blocks.size, q.dtype), default, q.device))
     queries = sizes.queries(tile.pop("BM"))
     length = max(queries, tile.pop("ROWS") // power_of_2(sizes.rows)) if whole else queries
+    kernel, length_of_piece = (_block_kernel, (length,)) if whole else (_part_kernel, ())
     pieces, S = cut(entries, length), entries.choices.shape[2]
     o, lse = q.new_empty(*q.shape[:3], sizes.V), q.new_empty(q.shape[:3], dtype=torch.float32)
     parts = min(entries.band, blocks.tokens) * sizes.H * S
@@ -137,12 +137,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, entries: Entries, blocks: Blocks, si
             blocks.starts,
             blocks.ends,
         )
-        if whole:
-            numbers: tuple[int, ...] = (first, S, blocks.count, length)
-            _block_kernel[(pieces.count,)](q, k, v, *tables, part, part_lse, *numbers, scale, **options)
-        else:
-            numbers = (first, S, blocks.count)
-            _part_kernel[(pieces.count,)](q, k, v, *tables, part, part_lse, *numbers, scale, **options)
+        numbers = (first, S, blocks.count, *length_of_piece)
+        kernel[(pieces.count,)](q, k, v, *tables, part, part_lse, *numbers, scale, **options)
         rows = (last - first) * sizes.H
         _join_kernel[(cdiv(rows, BR),)](
             entries.choices[first], part, part_lse, o, lse, rows, first * sizes.H, S, V=sizes.V, GR=sizes.rows, BV=BV,
@@ -158,7 +154,7 @@ def tile_key(name: str, sizes: Sizes, block_size: int, dtype: torch.dtype) -> st
 
 def block_tile(sizes: Sizes) -> dict[str, int]:
     """Of blocks of up to 64 keys; ROWS of a piece."""
-    return {"BM": max(16, power_of_2(sizes.rows), 128), "BN": 64, "ROWS": 1024, "num_warps": 8, "num_stages": 2}
+    return {"BM": max(16, power_of_2(sizes.rows), 64), "BN": 64, "ROWS": 512, "num_warps": 4, "num_stages": 2}
 
 
 def part_tile(sizes: Sizes, block_size: int) -> dict[str, int]:
