@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flame.kernels.normalization import gated_rms_norm, group_norm, layer_norm, rms_norm
 from flame.kernels.projections import projections
 from flame.kernels.short_convolution import short_convolution
-from flame.kernels.swiglu import swiglu
+from flame.kernels.swiglu import swiglu, swiglu_linear
 from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.sharding import Plan, TensorParallel, columns, rows, whole_per_rank
@@ -30,10 +30,14 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` is no more than a product with its weight, which a fused operation may compute for it."""
+    return type(layer) is Linear and layer.bias is None
+
+
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """`[layer(x) for layer in layers]` for x [B, T, D], whose gradient is summed inside the matrix products."""
-    plain = all(type(layer) is Linear and layer.bias is None for layer in layers)
-    if not plain or not x.is_cuda:  # layers with a computation of their own; on a CPU nothing is gained
+    if not all(map(is_plain, layers)) or not x.is_cuda:  # on a CPU nothing is gained
         return [layer(x) for layer in layers]
     weights: list[Any] = [layer.weight for layer in layers]
     return projections(x, weights)
@@ -44,7 +48,7 @@ def project_apart(x: Tensor, layer: nn.Module, widths: list[int]) -> list[Tensor
 
     Cutting the whole result gives strided parts, which kernels copy, and the backward copies their gradients together.
     """
-    if type(layer) is not Linear or layer.bias is not None or not x.is_cuda:
+    if not is_plain(layer) or not x.is_cuda:
         return list(layer(x).split(widths, -1))
     weight: Any = layer.weight
     return projections(x, list(weight.split(widths)))
@@ -250,8 +254,12 @@ class GatedMLP(nn.Module):
         if self.ranks is not None:
             x = self.ranks.gather_any(x)
         gate, up = project(x, self.gate_proj, self.up_proj)
-        hidden = powlu(gate) * up if self.activation == "powlu" else swiglu(gate, up)
-        out = self.down_proj(hidden)
+        if self.activation == "powlu":
+            out = self.down_proj(powlu(gate) * up)
+        elif is_plain(self.down_proj) and x.is_cuda:
+            out = swiglu_linear(gate, up, self.down_proj.weight)
+        else:
+            out = self.down_proj(swiglu(gate, up))
         return out if self.ranks is None else self.ranks.scatter_any(out)
 
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.layout import pointwise_backend
-from flame.kernels.swiglu import reference
+from flame.kernels.swiglu import linear, reference
 
-__all__ = ["swiglu"]
+__all__ = ["swiglu", "swiglu_linear"]
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -28,3 +28,17 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "reference":
         return reference.swiglu(gate, up)
     return reference.SwiGLU.apply(gate, up)
+
+
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """`swiglu(gate, up) @ weight.T` for gate, up [..., C] and weight [D, C], all of one dtype: [..., D].
+
+    Only the three inputs are saved for backward; it makes the elementwise part again while it reads gate and up for their
+    gradients. Raises FlameError when shapes or dtypes do not fit.
+    """
+    if gate.shape != up.shape or weight.shape[1:] != gate.shape[-1:] or not gate.dtype == up.dtype == weight.dtype:
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape)} {x.dtype}" for name, x in (("gate", gate), ("up", up), ("weight", weight))
+        )
+        raise FlameError(f"swiglu_linear: {shapes}; needs gate and up [..., C] and weight [D, C] of one dtype.")
+    return linear.swiglu_linear(gate, up, weight, pointwise_backend(gate, backend))

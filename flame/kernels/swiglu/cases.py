@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from flame.kernels.checking import Case, Tensors
-from flame.kernels.swiglu import swiglu
+from flame.kernels.swiglu import swiglu, swiglu_linear
 
 
 def cases() -> list[Case]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    return [make_case(C, packed, dtype) for dtype in dtypes for C in (100, 5632) for packed in (False, True)]
+    alone = [make_case(C, packed, dtype) for dtype in dtypes for C in (100, 5632) for packed in (False, True)]
+    return alone + [make_linear_case(C, dtype) for dtype in dtypes[:2] for C in (96, 2816)]
 
 
 def make_case(C: int, packed: bool, dtype: torch.dtype) -> Case:
@@ -25,3 +26,16 @@ def make_case(C: int, packed: bool, dtype: torch.dtype) -> Case:
 
     name = f"C={C} {str(dtype).removeprefix('torch.')}{' halves of one projection' if packed else ''}"
     return Case("swiglu", name, inputs, run)
+
+
+def make_linear_case(C: int, dtype: torch.dtype) -> Case:
+    def inputs(device: torch.device, seed: int) -> Tensors:
+        generator = torch.Generator(device).manual_seed(seed)
+        gate, up = torch.randn(2, 4, 64, C, generator=generator, device=device).to(dtype).unbind(0)
+        weight = torch.randn(128, C, generator=generator, device=device).to(dtype) / 16
+        return {"gate": gate, "up": up, "weight": weight}
+
+    def run(tensors: Tensors, backend: str | None) -> Tensors:
+        return {"y": swiglu_linear(tensors["gate"], tensors["up"], tensors["weight"], backend=backend)}
+
+    return Case("swiglu", f"C={C} {str(dtype).removeprefix('torch.')} with the product after it", inputs, run)

@@ -27,8 +27,8 @@ def _forward_kernel(gate, up, y, C, gate_stride, up_stride, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _backward_kernel(dy, gate, up, dgate, dup, C, gate_stride, up_stride, BLOCK: tl.constexpr):
-    """Program (columns, row)."""
+def _backward_kernel(dy, gate, up, dgate, dup, C, gate_stride, up_stride, VALUE: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (columns, row). With VALUE, silu(gate) * up is written where dy was."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < C
@@ -38,6 +38,8 @@ def _backward_kernel(dy, gate, up, dgate, dup, C, gate_stride, up_stride, BLOCK:
     s = tl.sigmoid(g)
     tl.store(dgate + row * C + column, (d * u * s * (1.0 + g * (1.0 - s))).to(dgate.dtype.element_ty), mask=mask)
     tl.store(dup + row * C + column, (d * g * s).to(dup.dtype.element_ty), mask=mask)
+    if VALUE:
+        tl.store(dy + row * C + column, (g * s * u).to(dy.dtype.element_ty), mask=mask)
 
 
 def _folded(*tensors: Tensor) -> list[Tensor]:
@@ -50,7 +52,7 @@ def _folded(*tensors: Tensor) -> list[Tensor]:
     return [rows(t) for t in tensors]
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, contiguous."""
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = _folded(gate, up)
@@ -64,7 +66,7 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-_swiglu = torch.library.custom_op("flame::swiglu", _forward, mutates_args=())
+_swiglu = torch.library.custom_op("flame::swiglu", forward, mutates_args=())
 
 
 @_swiglu.register_fake
@@ -74,9 +76,13 @@ def _(gate, up):
 
 def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, contiguous."""
+    return backward_over(dy.contiguous(), gate, up, value=False)
+
+
+def backward_over(dy: Tensor, gate: Tensor, up: Tensor, value: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; contiguous dy becomes silu(gate) * up if `value`."""
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    dy = dy.contiguous()
     g, u = _folded(gate, up)
     C = g.shape[1]
     block = min(_BLOCK, power_of_2(C))
@@ -84,7 +90,7 @@ def _gradients(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         end = min(at + 65535, len(g))
         _backward_kernel[(cdiv(C, block), end - at)](
             dy.view(-1, C)[at:end], g[at:end], u[at:end], dgate.view(-1, C)[at:end], dup.view(-1, C)[at:end],
-            C, g.stride(0), u.stride(0), BLOCK=block, num_warps=_WARPS,
+            C, g.stride(0), u.stride(0), VALUE=value, BLOCK=block, num_warps=_WARPS,
         )  # fmt: skip
     return dgate, dup
 
@@ -107,4 +113,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 _swiglu.register_autograd(_backward, setup_context=_save)
 swiglu_backward = Direct(_swiglu_backward, _gradients)
-swiglu = Direct(_swiglu, _forward, _save, _backward)
+swiglu = Direct(_swiglu, forward, _save, _backward)
