@@ -30,14 +30,16 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether `layer` is no more than a product with its weight, which a fused operation may compute for it."""
-    return type(layer) is Linear and layer.bias is None
+def fuses(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether one operation may compute what `layers` do with x: where each is no more than a product with its weight, which
+    autocast would not cast for it. On a CPU nothing is gained."""
+    plain = all(type(layer) is Linear and layer.bias is None for layer in layers)
+    return plain and x.is_cuda and not torch.is_autocast_enabled("cuda")
 
 
 def project(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """`[layer(x) for layer in layers]` for x [B, T, D], whose gradient is summed inside the matrix products."""
-    if not all(map(is_plain, layers)) or not x.is_cuda:  # on a CPU nothing is gained
+    if not fuses(x, *layers):
         return [layer(x) for layer in layers]
     weights: list[Any] = [layer.weight for layer in layers]
     return projections(x, weights)
@@ -48,7 +50,7 @@ def project_apart(x: Tensor, layer: nn.Module, widths: list[int]) -> list[Tensor
 
     Cutting the whole result gives strided parts, which kernels copy, and the backward copies their gradients together.
     """
-    if not is_plain(layer) or not x.is_cuda:
+    if not fuses(x, layer):
         return list(layer(x).split(widths, -1))
     weight: Any = layer.weight
     return projections(x, list(weight.split(widths)))
@@ -256,7 +258,7 @@ class GatedMLP(nn.Module):
         gate, up = project(x, self.gate_proj, self.up_proj)
         if self.activation == "powlu":
             out = self.down_proj(powlu(gate) * up)
-        elif is_plain(self.down_proj) and x.is_cuda:
+        elif fuses(x, self.down_proj):
             out = swiglu_linear(gate, up, self.down_proj.weight)
         else:
             out = self.down_proj(swiglu(gate, up))

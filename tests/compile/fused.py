@@ -53,7 +53,7 @@ def losses():
 
 def pointwise():
     wide, bounds = meta(8, 4096, 5632), meta(9, dtype=torch.int32)
-    triton_swiglu._forward(wide, wide)
+    triton_swiglu.forward(wide, wide)
     triton_swiglu._gradients(wide, wide, wide)
     triton_rotary._forward(meta(8, 4096, 16, 128), meta(4096, dtype=torch.int64), 1e4, False)
     triton_shift._forward(meta(8, 4096, 2048), None, None)
