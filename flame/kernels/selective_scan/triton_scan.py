@@ -24,6 +24,7 @@ from flame.kernels.selective_scan.inputs import ScanInputs
 BLOCK_E = 32
 CHECKPOINT = 64
 GROUP = 4
+WARPS = 4096  # that hide each other's latency; fewer rows and channels are cut in time
 
 
 @triton.jit
@@ -285,7 +286,7 @@ def _backward_kernel(
 
 def _plan(batch: int, length: int, channels: int) -> tuple[Segments, tuple[int, int]]:
     blocks = triton.cdiv(channels, BLOCK_E)
-    plan = plan_segments(batch * blocks, length, CHECKPOINT)
+    plan = plan_segments(batch * blocks, length, CHECKPOINT, WARPS)
     return plan, (blocks, batch * plan.count)
 
 
