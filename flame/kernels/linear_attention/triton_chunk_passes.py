@@ -32,9 +32,8 @@ def choose(layout: Layout, q: Tensor, k: Tensor, decay_gradient: bool) -> tiles.
     if q.dtype == torch.float32:
         return {"FORM": SWEEPS}
     own, shared = (q.shape[2] == k.shape[2] == layout.heads), q.shape[2] == k.shape[2] < layout.heads
-    unchecked = shared and layout.items.starts is not None  # `group_gradients` of packed documents has not met a GPU
     default: tiles.Tile = {"FORM": SWEEPS}
-    if not unchecked and (shared or max(layout.K, layout.V) > 128):
+    if shared or max(layout.K, layout.V) > 128:
         default = {"FORM": ROLES, "BV": min(64, power_of_2(layout.V)), "num_warps": 4, "num_stages": 2}
     elif own and decay_gradient and layout.kind == "scalar":
         default = {"FORM": CHUNKS, "num_warps": 4, "num_stages": 1}

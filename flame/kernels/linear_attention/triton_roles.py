@@ -37,18 +37,10 @@ def head_decays(
 
 
 @triton.jit
-def states_product(
-    state_ptr, dstate_ptr, v_index, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
-):
-    """<S, dS> of a tile of values, read from the cache in parts: whole, for one sum, they would take all registers."""
-    PART: tl.constexpr = 16
-    product = tl.zeros([PART, BV], tl.float32)
-    for part in tl.static_range((K + PART - 1) // PART):
-        k_index = part * PART + tl.arange(0, PART)
-        cell = state_offsets(k_index, v_index, K, V, False)
-        state = load_state(state_ptr, cell, k_index, v_index, K, V, PART, BV)
-        product += state.to(tl.float32) * load_state(dstate_ptr, cell, k_index, v_index, K, V, PART, BV).to(tl.float32)
-    return tl.sum(tl.sum(product, 1), 0)
+def trace(x, BLOCK: tl.constexpr):
+    """The sum of the diagonal of x [BLOCK, BLOCK]."""
+    at = tl.arange(0, BLOCK)
+    return tl.sum(tl.sum(tl.where(at[:, None] == at[None, :], x, 0.0), 1), 0)
 
 
 @triton.jit
@@ -140,7 +132,7 @@ def role_gradients(
     if role == 0:
         y = tl.zeros([BT, BK], tl.float32)
         scores = tl.zeros([BT, BT], tl.float32)
-        product = tl.zeros([], tl.float32)
+        meeting = tl.zeros([BV, BV], tl.float32)
         for step in range(BH * TILES):
             head = first + step // TILES
             v_index = step % TILES * BV + tl.arange(0, BV)
@@ -151,14 +143,15 @@ def role_gradients(
             scores = tl.dot(do, tl.trans(v), scores)
             y = tl.dot(do, tl.trans(state), y)
             if DECAY_GRADIENT:
-                at_head = head * (K * V)
-                product += states_product(state_ptr + at_head, dstate_ptr + at_head, v_index, K, V, BK, BV)
+                # <S, dS> is the trace of a product, whose operands are loaded ahead as a sum's would not be.
+                dstate = load_state(dstate_ptr + head * (K * V), cell, k_index, v_index, K, V, BK, BV)
+                meeting = tl.dot(tl.trans(state), dstate, meeting)
         k = load_rows(k_ptr, local, stride_kt, k_index, keep, K, BK)
         y = y * (tl.exp2(decayed) * scale)[:, None]
         if DECAY_GRADIENT:
             q = load_rows(q_ptr, local, stride_qt, k_index, keep, K, BK)
             tl.store(delta_ptr + local * PARTS, tl.sum(q.to(tl.float32) * y, 1), mask=keep)
-            tl.store(carry_ptr, product * tl.exp2(whole) * scale)
+            tl.store(carry_ptr, trace(meeting, BV) * tl.exp2(whole) * scale)
         pairs = local[:, None] >= local[None, :]
         scores *= tl.exp2(tl.where(pairs, decayed[:, None] - decayed[None, :], float("-inf"))) * scale
         y = tl.dot(scores.to(DOT), k, y)
@@ -334,8 +327,8 @@ def group_gradients(
                 dscores += tl.dot(v, tl.trans(do)) * weight
                 dk = tl.dot((v * tl.exp2(whole - decayed)[:, None]).to(DOT), tl.trans(dstate), dk)
                 if DECAY_GRADIENT:
-                    at_head = head * (K * V)
-                    product = states_product(state_ptr + at_head, dstate_ptr + at_head, v_index, K, V, BK, BV)
+                    state = load_state(state_ptr + head * (K * V), cell, k_index, v_index, K, V, BK, BV)
+                    product = trace(tl.dot(tl.trans(state), dstate), BV)
                     carry = add_tile(carry, product * tl.exp2(whole) * scale, step, TILES)
                     tl.store(carry_ptr + slot + head, carry, mask=step % TILES == TILES - 1)
         q = load_rows(q_ptr, local, stride_qt, k_index, keep, K, BK)
