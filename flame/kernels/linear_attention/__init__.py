@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from flame.errors import FlameError
 from flame.kernels.backend import select_backend
 from flame.kernels.linear_attention.chunked import chunked
+from flame.kernels.linear_attention.head_scale import check_factor, scale_heads
 from flame.kernels.linear_attention.problem import make_problem
 from flame.kernels.linear_attention.reference import recurrence
 from flame.kernels.sequence import SequenceShard, refuse_states
@@ -25,6 +28,7 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
     key_decay: Tensor | None = None,
     value_decay: Tensor | None = None,
     bonus: Tensor | None = None,
+    value_scale: Tensor | None = None,
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
@@ -44,6 +48,8 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
         value_decay: [B, T, H, V] log decay of the state's columns (first pass of GSA and ABC).
         bonus: [H, K], with key_decay: the read comes before the decay and the write, and sees the token itself through
             ``bonus``: ``o_t = scale * (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t`` (RWKV6).
+        value_scale: [B, T, Hv] factor of v: ``value_scale_t v_t`` is written (Mamba2's step). The product is not kept for
+            the backward, which makes it again.
         scale: factor of q, K ** -0.5 when None.
         initial_state: [N, H, K, V] fp32, N = B or the number of documents.
         output_final_state: also return the state after the last token, [N, H, K, V] fp32.
@@ -78,13 +84,22 @@ def linear_attention(  # noqa: PLR0913 (one op for the whole family)
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,
     )
+    name = select_backend(q, backend, ("triton", "chunked", "reference"))
+    fast = name == "triton" and problem.compute_dtype == torch.float32
+    if value_scale is not None:
+        if fast and shard is None:
+            from flame.kernels.linear_attention import triton_scaled
+
+            if triton_scaled.fits(problem):
+                check_factor(v, value_scale)
+                return triton_scaled.scaled_linear_attention(problem, value_scale, output_final_state)
+        problem = replace(problem, v=scale_heads(v, value_scale, backend="triton" if fast else "chunked"))
     if shard is not None:
         from flame.kernels.linear_attention.sharded import sharded_linear_attention
 
         refuse_states("linear_attention", initial_state, output_final_state)
         return sharded_linear_attention(problem, shard, backend), None
-    name = select_backend(q, backend, ("triton", "chunked", "reference"))
-    if name == "triton" and problem.compute_dtype == torch.float32:
+    if fast:
         from flame.kernels.linear_attention.triton_op import linear_attention_triton
 
         return linear_attention_triton(problem, output_final_state)

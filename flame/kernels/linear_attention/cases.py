@@ -62,7 +62,11 @@ def cases() -> list[Case]:
     tuned += [Shape("head", 8, 4096, (8, 8, 8), 256, 256), Shape("key", 8, 4096, (4, 4, 4), 256, 256)]
     tuned += [Shape("scalar", 8, 4096, (1, 1, 64), 128, 64), Shape("key", 8, 4096, (4, 4, 4), 128, 256)]
     tuned += [Shape("value", 8, 4096, (4, 4, 4), 256, 64), Shape("key", 8, 4096, (4, 4, 4), 64, 256)]
-    return [make_case(shape) for shape in checked] + [make_case(shape, tune=True) for shape in tuned] + [scale_case()]
+    return (
+        [make_case(shape) for shape in checked]
+        + [make_case(shape, tune=True) for shape in tuned]
+        + [scale_case(), scaled_case()]
+    )
 
 
 def scale_case() -> Case:
@@ -75,6 +79,27 @@ def scale_case() -> Case:
         return {"y": scale_heads(**tensors, backend=backend)}
 
     return Case("linear_attention", "scale_heads", inputs, run)
+
+
+def scaled_case() -> Case:
+    """Mamba-2's: heads that share keys, values times a step."""
+
+    def inputs(device: torch.device, seed: int) -> Tensors:
+        g = torch.Generator(device).manual_seed(seed)
+        q, k = torch.randn(2, 1, 500, 1, 128, generator=g, device=device).bfloat16().unbind(0)
+        step = F.softplus(torch.randn(1, 500, 8, generator=g, device=device) - 2)
+        rate = torch.randn(8, generator=g, device=device).exp()
+        v = torch.randn(1, 500, 8, 64, generator=g, device=device).bfloat16()
+        return {"q": q, "k": k, "v": v, "step": step, "rate": rate}
+
+    def run(t: Tensors, backend: str | None) -> Tensors:
+        decay = -t["rate"] * t["step"]
+        o, _ = linear_attention(
+            t["q"], t["k"], t["v"], scalar_decay=decay, value_scale=t["step"], scale=1.0, backend=backend
+        )
+        return {"o": o}
+
+    return Case("linear_attention", "scaled values B=1 T=500 H=1/1/8 K=128 V=64 bfloat16", inputs, run)
 
 
 def make_case(shape: Shape, tune: bool = False) -> Case:

@@ -21,12 +21,17 @@ def scale_heads(x: Tensor, factor: Tensor, *, backend: str | None = None) -> Ten
     Raises:
         FlameError: shapes that do not fit together or an unknown backend.
     """
-    if x.dim() != 4 or factor.shape != x.shape[:3]:
-        raise FlameError(
-            f"scale_heads: x must be [B, T, H, P] and factor [B, T, H]; got {tuple(x.shape)} and {tuple(factor.shape)}."
-        )
+    check_factor(x, factor)
     if pointwise_backend(x, backend) == "triton":
         from flame.kernels.linear_attention import triton_head_scale  # imports triton, which a CPU does not need
 
         return triton_head_scale.scale_heads(x, factor)
     return (x * factor[..., None]).to(x.dtype)
+
+
+def check_factor(x: Tensor, factor: Tensor) -> None:
+    """Raises FlameError unless x is [B, T, H, P] and factor [B, T, H]."""
+    if x.dim() != 4 or factor.shape != x.shape[:3]:
+        raise FlameError(
+            f"A factor of heads [B, T, H] goes with x [B, T, H, P]; got {tuple(factor.shape)} and {tuple(x.shape)}."
+        )

@@ -53,21 +53,21 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(x: Tensor, factor: Tensor) -> Tensor:
+def multiply(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor `[B, T, H, P]`."""
     y = x.new_empty(x.shape)
     _launch(_dense(x), factor.contiguous(), None, y, y)
     return y
 
 
-def _gradients(x: Tensor, factor: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(x: Tensor, factor: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """dx `[B, T, H, P]` and dfactor `[B, T, H]` fp32."""
     dx, dfactor = x.new_empty(x.shape), factor.new_empty(factor.shape, dtype=torch.float32)
     _launch(_dense(x), factor.contiguous(), dy.contiguous(), dx, dfactor)
     return dx, dfactor
 
 
-_op = torch.library.custom_op("flame::scale_heads", _forward, mutates_args=())
+_op = torch.library.custom_op("flame::scale_heads", multiply, mutates_args=())
 
 
 @_op.register_fake
@@ -75,7 +75,7 @@ def _(x, factor):
     return x.new_empty(x.shape)
 
 
-_backward_op = torch.library.custom_op("flame::scale_heads_backward", _gradients, mutates_args=())
+_backward_op = torch.library.custom_op("flame::scale_heads_backward", gradients, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -94,5 +94,5 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _op.register_autograd(_backward, setup_context=_save)
-scale_heads_backward = Direct(_backward_op, _gradients)
-scale_heads = Direct(_op, _forward, _save, _backward)
+scale_heads_backward = Direct(_backward_op, gradients)
+scale_heads = Direct(_op, multiply, _save, _backward)

@@ -159,12 +159,12 @@ def _flops(tokens: int, heads: int, K: int, V: int) -> int:
     return 4 * tokens * heads * K * V
 
 
-def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     heads = max(q_shape[2], k_shape[2], v_shape[2])
     return _flops(q_shape[0] * q_shape[1], heads, q_shape[3], v_shape[3])
 
 
-def _backward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def backward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     heads = max(q_shape[2], k_shape[2], v_shape[2])
     return 2 * _flops(q_shape[0] * q_shape[1], heads, q_shape[3], v_shape[3])
 
@@ -181,5 +181,5 @@ for _name, _run, _fake in (
 torch.library.register_autograd("flame::linear_attention_forward", _autograd, setup_context=_setup_context)
 _backward = Direct(torch.ops.flame.linear_attention_backward, backward)
 _sweeps = Direct(torch.ops.flame.linear_attention_forward, forward, _setup_context, _autograd)
-register_flop_formula(torch.ops.flame.linear_attention_forward)(_forward_flops)
-register_flop_formula(torch.ops.flame.linear_attention_backward)(_backward_flops)
+register_flop_formula(torch.ops.flame.linear_attention_forward)(forward_flops)
+register_flop_formula(torch.ops.flame.linear_attention_backward)(backward_flops)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flame.kernels.linear_attention import linear_attention
-from flame.kernels.linear_attention.head_scale import scale_heads
 from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.mixers.base import Mixer, cached, merge_heads, remember, split_heads
@@ -130,8 +129,9 @@ class Mamba2(Mixer):
         y, state = linear_attention(
             split_heads(read, c.n_groups),
             split_heads(write, c.n_groups),
-            scale_heads(hidden, dt),
+            hidden,
             scalar_decay=-torch.exp(self.A_log.float()) * dt,
+            value_scale=dt,
             scale=1.0,
             initial_state=cached(ctx, "state"),
             output_final_state=ctx.cache is not None,
