@@ -57,7 +57,7 @@ def cases() -> list[Case]:
         Shape("head", 1, RAGGED[-1], (2, 2, 2), 256, 512, packed=True, state=True),
         Shape("head", 1, 4096 + 7, (2, 2, 2), 256, 512, state=True),
     ]
-    checked += [Shape("scalar", 1, 700, (1, 1, 64), 128, 64, strong=True)]
+    checked += [Shape("scalar", 1, 700, (1, 1, 64), 128, 64, strong=True), Shape("scalar", 1, 200, (2, 2, 2), 96, 64)]
     tuned = [Shape(kind, 8, 4096, (16, 16, 16), K, V) for kind in KINDS[:5] for K, V in ((128, 128), (64, 64))]
     tuned += [Shape("head", 8, 4096, (8, 8, 8), 256, 256), Shape("key", 8, 4096, (4, 4, 4), 256, 256)]
     tuned += [Shape("scalar", 8, 4096, (1, 1, 64), 128, 64), Shape("key", 8, 4096, (4, 4, 4), 128, 256)]
