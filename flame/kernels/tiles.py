@@ -116,18 +116,27 @@ def write_tiles(op: str, gpu: str, tiles: Mapping[str, Tile]) -> Path:
 @lru_cache(maxsize=16)
 def device_name(device: torch.device) -> str:
     """The GPU's name as the driver gives it; 'cpu' where kernels are interpreted."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(_index(device)) if _is_gpu(device) else "cpu"
 
 
 @lru_cache(maxsize=16)
 def capability(device: torch.device) -> str:
-    return ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else "none"
+    return ".".join(map(str, torch.cuda.get_device_capability(_index(device)))) if _is_gpu(device) else "none"
 
 
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors; an H200's where there is no GPU, so that plans made without one look the same."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return torch.cuda.get_device_properties(_index(device)).multi_processor_count if _is_gpu(device) else 132
+
+
+def _is_gpu(device: torch.device) -> bool:
+    """Whether kernels run there; meta tensors stand for tensors of the current GPU."""
+    return device.type == "cuda" or (device.type == "meta" and torch.cuda.is_available())
+
+
+def _index(device: torch.device) -> int | None:
+    return device.index if device.type == "cuda" else None
 
 
 def _version_inside(bounds: list[str]) -> bool:

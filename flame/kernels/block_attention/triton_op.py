@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from flame.kernels.block_attention import triton_backward, triton_forward
 from flame.kernels.block_attention.triton_common import Sizes
 from flame.kernels.block_attention.triton_layout import Blocks, Entries, make_blocks, sort_entries
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv
 
@@ -33,6 +34,12 @@ def plan(
     return sort_entries(indices.flatten(0, 1), blocks, sizes.Hk, band), blocks, sizes
 
 
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, cu_seqlens, block_size, scale = inputs
+    backward(outputs[0], q, k, v, *outputs, indices, cu_seqlens, block_size, scale)
+
+
+@compiled_together(_then)
 def forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens: Tensor | None, block_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from flame.kernels.compile_together import compile_together
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.delta_rule.plan import CHUNK, LAUNCHES, make_plan
 from flame.kernels.delta_rule.problem import Untied
 from flame.kernels.delta_rule.triton_dplr import (
@@ -144,24 +144,19 @@ def run_gradients(r: Rows, b: Tensor, do: Tensor, pieces: tuple[Tensor, ...]) ->
     return [dq, dk, dv, da, db, ddecay]
 
 
+def _then(inputs, outputs):
+    o, _, *saved = outputs
+    _backward(*inputs[:-1], *saved, o, None, inputs[-1])
+
+
 @torch.library.custom_op(
     "flame::dplr_forward",
     mutates_args=(),
     schema=f"({_TENSORS}, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def forward(*inputs):
+@compiled_together(_then)
+def forward(q, k, v, a, b, decay, initial_state, cu_seqlens, scale):
     """o, final state, inverse, scores, and where time was cut the items' opening states and maps (else empty)."""
-    q, k, v, *_, cu_seqlens, _ = inputs
-    compile_together("dplr", (*inputs, cut_of(q, k, v, cu_seqlens).cut), lambda: _rehearse(inputs))
-    return _forward(*inputs)
-
-
-def _rehearse(inputs):
-    o, _, *saved = _forward(*inputs)
-    _backward(*inputs[:-1], *saved, o, None, inputs[-1])
-
-
-def _forward(q, k, v, a, b, decay, initial_state, cu_seqlens, scale):
     c = make_call(q, k, v, a, decay, cu_seqlens, scale)
     initial = None if initial_state is None else initial_state.float().contiguous()
     r = run_form(c, b.contiguous())

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import knobs
 
 from flame.kernels import tiles
-from flame.kernels.compile_together import compile_together
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.delta_rule.plan import CHUNK, Cut, Plan, backward_parts, make_cut, make_plan, part_of, tile_key
 from flame.kernels.delta_rule.problem import NORM_EPS, Tied
 from flame.kernels.delta_rule.triton_gradients import SUMS, row_gradients, score_gradients
@@ -293,25 +293,20 @@ def run_merge(
     return opening
 
 
+def _then(inputs, outputs):
+    *tensors, exclusive, normalize, scale = inputs
+    o, _, *saved = outputs
+    _backward(*tensors, *saved, o, o, None, exclusive, normalize, scale)
+
+
 @torch.library.custom_op(
     "flame::delta_rule_forward",
     mutates_args=(),
     schema=f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def forward(*inputs):
+@compiled_together(_then)
+def forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
     """o, final state, what `prepare` made, and where time was cut the items' opening states and maps (else empty)."""
-    q, k, v, *_, cu_seqlens, exclusive, normalize, scale = inputs
-    compile_together(OP, (*inputs, cut_of(q, k, v, cu_seqlens).cut), lambda: _rehearse(inputs))
-    return _forward(*inputs)
-
-
-def _rehearse(inputs):
-    o, _, *saved = _forward(*inputs)
-    *tensors, exclusive, normalize, scale = inputs
-    _backward(*tensors, *saved, o, o, None, exclusive, normalize, scale)
-
-
-def _forward(q, k, v, beta, decay, erase, initial_state, cu_seqlens, exclusive, normalize, scale):
     c = make_call(q, k, v, beta, decay, erase, cu_seqlens, exclusive, normalize, scale)
     initial = None if initial_state is None else initial_state.float().contiguous()
     p = run_prepare(c)

@@ -9,12 +9,14 @@ each segment from its carry. Document boundaries are a factor of zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.elementwise_scan.segments import document_ids
 
 BLOCK_T, BLOCK_E = 128, 32
@@ -193,7 +195,14 @@ def chain_segments(factors: Tensor, ends: Tensor) -> Tensor:
     return carries
 
 
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    _, *rest = inputs
+    h, final = outputs
+    _gradients(*rest, h, h, final)
+
+
 @torch.library.custom_op("flame::elementwise_scan", mutates_args=())
+@compiled_together(_then)
 def _scan(x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     x, log_decay = x.contiguous(), log_decay.contiguous()
     batch, length, channels = x.shape
@@ -230,8 +239,7 @@ def _(x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor |
     return torch.empty_like(x).contiguous(), x.new_empty(rows, x.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("flame::elementwise_scan_backward", mutates_args=())
-def _scan_backward(
+def _gradients(
     log_decay: Tensor,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -262,6 +270,9 @@ def _scan_backward(
         length, channels, plan.count, plan.length, HAS_CARRY=plan.count > 1, SUMMARY=False, num_warps=2, **flags,
     )  # fmt: skip
     return grad_x, grad_decay, grad_initial
+
+
+_scan_backward = torch.library.custom_op("flame::elementwise_scan_backward", _gradients, mutates_args=())
 
 
 @_scan_backward.register_fake

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels import tiles
-from flame.kernels.compile_together import compile_together
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.direct import Direct
 from flame.kernels.linear_attention import triton_scalar_passes, triton_vector_passes, triton_wide
 from flame.kernels.linear_attention.problem import Problem
@@ -71,19 +71,15 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def forward(*inputs):
-    """o, final state (empty unless asked for), opening states of the items (empty unless time was cut)."""
-    compile_together("linear_attention", inputs, lambda: _rehearse(inputs))
-    return _forward(*inputs)
-
-
-def _rehearse(inputs):
+def _then(inputs, outputs):
     *tensors, kind, scale, _ = inputs
-    o, final, opening = _forward(*inputs)
+    o, final, opening = outputs
     backward(*tensors, opening, o, final if final.numel() else None, kind, scale, True)
 
 
-def _forward(q, k, v, decay, bonus, initial_state, cu_seqlens, kind, scale, output_final_state):
+@compiled_together(_then)
+def forward(q, k, v, decay, bonus, initial_state, cu_seqlens, kind, scale, output_final_state):
+    """o, final state (empty unless asked for), opening states of the items (empty unless time was cut)."""
     q, k, v = (as_rows(x) for x in (q, k, v))
     decay, bonus, initial_state = (_contiguous(x) for x in (decay, bonus, initial_state))
     layout = make_layout(q, k, v, decay, cu_seqlens, kind, scale)

@@ -8,11 +8,14 @@ are base 2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.elementwise_scan.segments import document_ids
 from flame.kernels.elementwise_scan.triton_scan import (
     FULL_GPU,
@@ -170,7 +173,12 @@ def _grid(batch: int, length: int, features: int, block: int, tile: int, full: i
     return plan, (blocks, batch * plan.count)
 
 
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    _gradients(*outputs[:2], *inputs[1:], *outputs)
+
+
 @torch.library.custom_op("flame::log_gate", mutates_args=())
+@compiled_together(_then)
 def _gate(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     batch, length, features = x.shape
@@ -209,8 +217,7 @@ def _(x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Ten
     return weight, torch.empty_like(weight, dtype=torch.float32), x.new_empty(rows, x.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("flame::log_gate_backward", mutates_args=())
-def _gate_backward(
+def _gradients(
     weight: Tensor,
     log_decay: Tensor,
     initial: Tensor | None,
@@ -243,6 +250,9 @@ def _gate_backward(
         HAS_CARRY=plan.count > 1, SUMMARY=False, num_warps=2, **flags,
     )  # fmt: skip
     return grad_x, grad_initial
+
+
+_gate_backward = torch.library.custom_op("flame::log_gate_backward", _gradients, mutates_args=())
 
 
 @_gate_backward.register_fake

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.linear_attention.triton_op import as_rows
 from flame.kernels.log_linear_attention.problem import Problem
 from flame.kernels.log_linear_attention.triton_layout import make_layout
@@ -26,6 +27,12 @@ def log_linear_attention_triton(p: Problem) -> Tensor:
     return _Chunks.apply(p.q, p.k, p.v, p.weights, decay, p.cu_seqlens, p.scale)
 
 
+def _then(inputs, o):
+    *tensors, scale = inputs
+    backward(*tensors, o, scale)
+
+
+@compiled_together(_then)
 def forward(q, k, v, level_weights, decay, cu_seqlens, scale):
     layout = make_layout(q, v, level_weights, cu_seqlens, scale)
     return forward_pass(layout, *(as_rows(x) for x in (q, k, v)), level_weights.contiguous(), decay.contiguous())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.linear_attention import triton_op as linear
 from flame.kernels.mesa.problem import Problem
 from flame.kernels.mesa.triton_systems import Keys, Systems, opening_states
@@ -48,6 +49,14 @@ def mesa_triton(p: Problem, output_final_state: bool) -> tuple[Tensor, tuple[Ten
     return o, (keys, values) if output_final_state else None
 
 
+def _then(inputs, outputs):
+    *tensors, steps, normalize, _ = inputs
+    o, x, final, values, opening = outputs
+    states = (y if y.numel() else None for y in (final, values))
+    backward(*tensors, x, opening, o, *states, steps, normalize, True)
+
+
+@compiled_together(_then)
 def forward(
     q, k, v, log_decay, beta, regularizer, key_state, value_state, cu_seqlens, steps, normalize, output_final_state
 ) -> tuple[Tensor, ...]:

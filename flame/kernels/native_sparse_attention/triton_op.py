@@ -18,6 +18,7 @@ from flame.kernels.block_attention import triton_op as block_op
 from flame.kernels.block_attention.triton_common import Sizes
 from flame.kernels.block_attention.triton_layout import make_blocks
 from flame.kernels.block_attention.triton_select import choose_blocks, packed_means
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.direct import Direct
 from flame.kernels.native_sparse_attention import triton_compressed, triton_gate
 
@@ -68,6 +69,12 @@ def choose(q: Tensor, k_means: Tensor, lse: Tensor, cu_seqlens: Tensor | None, c
     return choose_blocks(q, k_means, lse, blocks, _sizes(q, k_means, k_means, call.scale), call.count, True)
 
 
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    *tensors, _, block_size, _, scale, max_seqlen = inputs
+    backward(outputs[0], *tensors, *outputs[1:], block_size, scale, max_seqlen)
+
+
+@compiled_together(_then)
 def forward(
     q: Tensor,
     k: Tensor,

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.direct import Direct
 from flame.kernels.path_attention import tree
 from flame.kernels.path_attention.levels import kept_shapes, padded_tokens
 from flame.kernels.path_attention.parts import Parts, PlainParts
 from flame.kernels.path_attention.problem import Problem
 from flame.kernels.softmax_attention.gates import gate_gradient
+
+WIDEST = 128  # heads up to which the levels run as few kernels; wider ones as parts
 
 
 def _parts(tiled: bool) -> Parts:
@@ -22,9 +25,6 @@ def _parts(tiled: bool) -> Parts:
     from flame.kernels.path_attention.triton_parts import TritonParts  # imports triton, which a CPU does not need
 
     return TritonParts()
-
-
-WIDEST = 128  # heads up to which the levels run as few kernels; wider ones as parts
 
 
 def _walked(q: Tensor, v: Tensor, tiled: bool) -> bool:
@@ -44,14 +44,27 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o `[B, T, H, V]` and every query's base-2 log of its softmax sum `[B, H, T padded]`; what walks keep for the backward
     (`levels.kept_shapes`), else empty. tiled: by Triton's kernels."""
-    problem = Problem(q, k, v, w, beta, log_forget, scale, cu_seqlens)
-    if _walked(q, v, tiled):
-        from flame.kernels.path_attention import triton_tree
+    return (_by_kernels if tiled else _by_parts)(q, k, v, w, beta, log_forget, cu_seqlens, scale, tiled)
 
-        o, lse, kept = triton_tree.forward(problem)
-        return o, lse, kept.q, kept.k, kept.e
-    o, lse = tree.forward(problem, _parts(tiled))
+
+def _by_parts(q, k, v, w, beta, log_forget, cu_seqlens, scale, tiled):
+    o, lse = tree.forward(Problem(q, k, v, w, beta, log_forget, scale, cu_seqlens), _parts(tiled))
     return o, lse, q.new_empty(0), q.new_empty(0), lse.new_empty(0)
+
+
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    *tensors, scale, tiled = inputs
+    _gradients(outputs[0], *tensors, *outputs, scale, tiled)
+
+
+@compiled_together(_then)
+def _by_kernels(q, k, v, w, beta, log_forget, cu_seqlens, scale, tiled):
+    if not _walked(q, v, tiled):
+        return _by_parts(q, k, v, w, beta, log_forget, cu_seqlens, scale, tiled)
+    from flame.kernels.path_attention import triton_tree
+
+    o, lse, kept = triton_tree.forward(Problem(q, k, v, w, beta, log_forget, scale, cu_seqlens))
+    return o, lse, kept.q, kept.k, kept.e
 
 
 _path = torch.library.custom_op("flame::path_attention", _forward, mutates_args=())

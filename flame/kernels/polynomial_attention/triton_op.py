@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels import tiles
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.linear_attention.triton_layout import (
     Items,
     Layout,
@@ -168,6 +169,12 @@ def _keeps_rest(v: Tensor, c0: float) -> bool:
     return c0 == 0 and v.dtype != torch.float32
 
 
+def _then(inputs, outputs):
+    *tensors, c0, c1, c2, eps = inputs
+    backward(*tensors, *outputs, outputs[0], c0, c1, c2, eps)
+
+
+@compiled_together(_then)
 def forward(q, k, v, cu_seqlens, c0, c1, c2, eps) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, T, H, V], what rounding took from it (or nothing), and the denominators with eps [B, T, H] fp32."""
     call = Call.make(q, k, v, cu_seqlens)

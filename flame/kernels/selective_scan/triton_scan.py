@@ -12,11 +12,14 @@ gradients repeat bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.elementwise_scan.segments import document_ids
 from flame.kernels.elementwise_scan.triton_scan import Segments, both, chain_segments, document_at, plan_segments
 from flame.kernels.selective_scan.inputs import ScanInputs
@@ -303,7 +306,13 @@ def _flags(states: int, d, z, dt_bias, cu_seqlens) -> dict:
     }
 
 
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    y, final, checkpoints = outputs
+    _gradients(*inputs, checkpoints, y, final)
+
+
 @torch.library.custom_op("flame::selective_scan", mutates_args=())
+@compiled_together(_then)
 def _scan(
     x: Tensor,
     dt: Tensor,
@@ -369,8 +378,7 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format), final, checkpoints
 
 
-@torch.library.custom_op("flame::selective_scan_backward", mutates_args=())
-def _scan_backward(
+def _gradients(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -422,6 +430,9 @@ def _scan_backward(
     )  # fmt: skip
     grad_B, grad_C = (g.sum(0).view(batch, length, states) for g in (grad_B, grad_C))
     return [grad_x, grad_dt, grad_A.sum(0), grad_B.to(B.dtype), grad_C.to(C.dtype), grad_D.sum(0), grad_z, grad_initial]
+
+
+_scan_backward = torch.library.custom_op("flame::selective_scan_backward", _gradients, mutates_args=())
 
 
 @_scan_backward.register_fake

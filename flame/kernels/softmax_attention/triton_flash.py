@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flame.kernels import tiles
+from flame.kernels.compile_together import compiled_together
 from flame.kernels.direct import Direct
 from flame.kernels.layout import cdiv, power_of_2
 from flame.kernels.softmax_attention import gates, triton_gates
@@ -65,6 +66,12 @@ def pick_tile(kernel: str, q: Tensor, v: Tensor, gated: bool) -> dict[str, int]:
     return {**chosen, "BM": min(chosen["BM"], max(16, power_of_2(q.shape[1])))}
 
 
+def _then(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    q, k, v, _, sink, cu_seqlens, scale, window, _ = inputs
+    _gradients(outputs[0], q, k, v, sink, cu_seqlens, *outputs, scale, window)
+
+
+@compiled_together(_then)
 def _forward(
     q: Tensor,
     k: Tensor,
