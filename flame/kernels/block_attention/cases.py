@@ -42,6 +42,7 @@ def cases() -> list[Case]:
         Shape((16, 1, 1), 192, 128, 64, 4),
         Shape((4, 4, 2), 256, 256, 64, 3),
         Shape((4, 2, 2), 64, 64, 64, 4, dtype=torch.float32),
+        *(Shape((16, 1, 1), 64, 64, 64, 4, tokens=tokens) for tokens in (3, 63, 65, 2053)),
         Shape((64, 4, 4), 128, 128, 64, 16, tokens=8192, tune=True),
         Shape((32, 2, 2), 64, 64, 64, 16, tokens=16384, tune=True),
         Shape((16, 16, 16), 64, 64, 256, 4, tokens=16384, tune=True),

@@ -20,6 +20,7 @@ class Shape:
     heads: tuple[int, int]
     D: int
     queries: int = 1300
+    keys: int = BOUNDS[-1]
     dtype: torch.dtype = torch.bfloat16
     shift: float = 4.0
     packed: bool = False
@@ -31,11 +32,12 @@ def cases() -> list[Case]:
     shapes += [Shape((4, 2), D, packed=True) for D in (64, 128)]
     shapes += [Shape((4, 1), 64, shift=-3.0), Shape((2, 2), 128, shift=0.0, packed=True)]
     shapes += [Shape((2, 2), 64, dtype=fp16), Shape((2, 2), 64, dtype=fp32), Shape((4, 2), 128, queries=7)]
+    shapes += [Shape((2, 2), 128, tokens, keys=tokens) for tokens in (3, 63, 65, 4103)]
     return [make_case(shape) for shape in shapes]
 
 
 def make_case(s: Shape) -> Case:
-    tokens, batch = BOUNDS[-1], 1 if s.packed else 2
+    tokens, batch = s.keys, 1 if s.packed else 2
 
     def inputs(device: torch.device, seed: int) -> Tensors:
         g = torch.Generator(device).manual_seed(seed)

@@ -39,6 +39,7 @@ def cases() -> list[Case]:
         Shape((6, 2), 96, SparsePattern(16, 5, 64), packed=True),
         Shape((4, 4), 256, few),
         Shape((4, 2), 64, few, dtype=torch.float32),
+        *(Shape((16, 1), 64, few, tokens=tokens) for tokens in (3, 63, 65, 2053)),
         Shape((64, 4), 128, SparsePattern(), tokens=16384, tune=True),
         Shape((32, 2), 64, SparsePattern(), tokens=16384, tune=True),
     ]

@@ -13,7 +13,7 @@ COEFFICIENTS = {"based": (1.0, 1.0, 0.5), "rebased": (0.0, 0.0, 1.0)}
 
 def cases() -> list[Case]:
     fp16, fp32 = torch.float16, torch.float32
-    lengths = (1, 63, 64, 65, 300, 1300)
+    lengths = (1, 63, 64, 65, 300, 1300, 4103)
     # A single token's gradients are a scalar a head times a vector: many heads, so that no one rounding is all there is.
     checked = [
         make_case(kind, (0, tokens), heads=16 if tokens == 1 else 2) for kind in COEFFICIENTS for tokens in lengths

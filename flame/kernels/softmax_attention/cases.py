@@ -49,6 +49,7 @@ def cases() -> list[Case]:
         Shape((4, 1, 1), 128, 128, sink=True, packed=True),
         Shape((4, 4, 4), 128, 128, gated=True),
         Shape((4, 4, 4), 64, 64, gated=True),
+        *(Shape((4, 2, 2), 64, 64, tokens, tokens, sink=True) for tokens in (1, 63, 65, 4103)),
     ]
     tuned = [
         Shape((16, 16, 16), D, D, 8192, 8192, sink=not gated, gated=gated) for D in (64, 128) for gated in (True, False)
