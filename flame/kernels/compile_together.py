@@ -76,6 +76,8 @@ def _prepare(kind: Hashable, rehearse: Callable[[], None]) -> None:
 
     if knobs.runtime.interpret:
         return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # other threads must not disturb that
+        return
     with _lock:
         if kind not in _done:
             _compile(_launches(rehearse))
