@@ -5,9 +5,29 @@ from __future__ import annotations
 import gc
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from flame.errors import ConfigError
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make the folder a run writes to, before anything is spent on the run.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"job.dump_folder = {folder} cannot be made ({error.strerror}). Name a folder on a disk you may write to."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"job.dump_folder = {folder} may not be written to. Name another or change its permissions.")
+    return folder
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -32,7 +32,7 @@ from flame.parallel.mesh import build_mesh
 from flame.parallel.parallelize import build_sharded_model, degrees_of
 from flame.parallel.pipeline import build_pipeline
 from flame.progress import Progress, RandomState
-from flame.runtime import GarbageCollection, make_deterministic, seed_everything
+from flame.runtime import GarbageCollection, make_deterministic, seed_everything, writable_folder
 from flame.step import FiniteGuard, NonFiniteStep, StepOptions, StepResult, TrainStep
 from flame.validate import Validator, token_bytes
 
@@ -51,7 +51,7 @@ class Trainer:
 
     def __init__(self, job: JobConfig, world: World) -> None:
         self.job, self.world = job, world
-        self.folder = Path(job.job.dump_folder)
+        self.folder = writable_folder(Path(job.job.dump_folder))
         self.mesh = build_mesh(degrees_of(job), world.device.type, world.size)
         make_deterministic(job.debug.deterministic)
         seed_everything(job.debug.seed, world.rank)
@@ -164,6 +164,12 @@ class Trainer:
         loaded = self.checkpoints.load(self.job.checkpoint.load_step)
         if loaded is not None:
             logger.info("Resumed from step %d, after %s tokens.", loaded, f"{self.progress.tokens:,}")
+            if loaded > self.job.training.steps:
+                logger.warning(
+                    "The checkpoint is beyond training.steps = %d: nothing is left to train. Raise training.steps to go on, "
+                    "or name another job.dump_folder to start anew.",
+                    self.job.training.steps,
+                )
         self.first_step = self.progress.step + 1
         done, config = self.progress.step, asdict(self.job)
         self.metrics = MetricsLogger(self.job, self.folder, self.throughput, done, self.world.is_main, config)

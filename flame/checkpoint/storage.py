@@ -179,6 +179,8 @@ def damage(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
         rank, ranks: all sizes are compared, but checksums only of every `ranks`-th file from `rank` on, so that ranks
             can share the reading.
     """
+    if not folder.is_dir():
+        return "there is no such folder"
     try:
         manifest = read_manifest(folder)
         if manifest["format"] > FORMAT_VERSION:

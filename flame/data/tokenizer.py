@@ -72,7 +72,10 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust binding raises bare Exception
-            raise DataError(f"{file} is not a tokenizer: {error}") from error
+            raise DataError(
+                f"{file} is not a tokenizer ({error}). Name a folder or a tokenizer.json as the tokenizers library or "
+                "`flame train-tokenizer` writes them, a Hugging Face repository, or 'bytes'."
+            ) from error
         return cls(backend, _read_config(file.parent))
 
     @classmethod

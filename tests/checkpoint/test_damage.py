@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,11 @@ def test_bare_weights_are_not_resumed_by_mistake_but_start_another_run(tmp_path)
     begun, weights = single(start_from, tmp_path / "second", tmp_path / "first" / "checkpoint" / "step-2")
     assert begun is None
     assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(trained, weights))
+
+
+def test_initial_weights_that_are_not_there_are_an_error_that_says_so(tmp_path):
+    text = single(partial(error_of_loading, initial_load_path=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert "checkpoint.initial_load_path = " in text and "nowhere cannot be used: there is no such folder" in text
 
 
 def full_weights(rank, folder, path, degrees):

@@ -92,6 +92,15 @@ def test_a_job_continues_on_another_number_of_ranks(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_job_shorter_than_its_checkpoint_says_that_nothing_is_left(tmp_path):
+    job = write_job(tmp_path)
+    short = [job, "--validation.enable", "false", "--lr_scheduler.warmup_steps", "0", "--checkpoint.interval", "0"]
+    for steps, warned in ((2, False), (2, False), (1, True)):
+        run = Run(tmp_path, [*short, "--training.steps", steps])
+        assert run.wait() == [0], run.text()
+        assert ("beyond training.steps = 1: nothing is left to train" in run.text()) == warned
+
+
 def test_checkpoints_follow_the_clock(tmp_path):
     job = write_job(tmp_path)
     run = Run(tmp_path, [job, "--checkpoint.interval", "0", "--checkpoint.interval_minutes", "0.000001"], 2)
