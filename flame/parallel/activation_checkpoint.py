@@ -15,7 +15,7 @@ from flame.models.context import Context
 
 KERNEL_NAMESPACE = "flame"  # every kernel of ours is registered there
 # Kernels that cost about as much as reading their inputs: cheaper to run again than to keep.
-CHEAP_KERNELS = frozenset({"norm", "rotary", "swiglu", "token_shift", "log_gate", "short_convolution"})
+CHEAP_KERNELS = frozenset({"norm", "rotary", "swiglu", "token_shift", "token_mix", "log_gate", "short_convolution"})
 
 
 def is_expensive(op: Any) -> bool:

@@ -13,7 +13,7 @@ from flame.kernels.normalization import triton_norm
 from flame.kernels.rotary import triton_rotary
 from flame.kernels.short_convolution import triton_convolution
 from flame.kernels.swiglu import triton_swiglu
-from flame.kernels.token_shift import triton_shift
+from flame.kernels.token_shift import triton_mix, triton_shift
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -59,6 +59,10 @@ def pointwise():
     triton_shift._forward(meta(8, 4096, 2048), None, None)
     triton_shift._forward(meta(1, 4096, 2048), meta(8, 2048), bounds)
     triton_shift._gradient(meta(1, 4096, 2048), bounds)
+    for mixes, cu_seqlens in ((1, None), (6, None), (6, bounds)):
+        x, weight = meta(1, 32768, 1024), meta(mixes, 1024)
+        triton_mix.forward(x, weight, None, cu_seqlens)
+        triton_mix.backward([x] * mixes, x, weight, None, cu_seqlens)
 
 
 for part in (norms, convolutions, losses, pointwise):

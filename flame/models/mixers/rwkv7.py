@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flame.kernels.delta_rule import dplr_delta_rule
 from flame.kernels.normalization import l2_norm
-from flame.kernels.token_shift import token_shift
+from flame.kernels.token_shift import token_mix
 from flame.models.config import ModelConfig
 from flame.models.context import Context
 from flame.models.feature_maps import ACTIVATIONS
@@ -174,15 +174,16 @@ class RWKV7Attention(Mixer):
 
     def mix(self, x: Tensor, ctx: Context) -> Tensor:
         heads = self.config.heads
-        shift, last = token_shift(
+        shares = torch.cat([getattr(self, f"x_{stream}")[0] for stream in STREAMS])  # [6, D]
+        (x_r, x_w, x_k, x_v, x_a, x_g), last = token_mix(
             x,
+            shares,
             state=cached(ctx, "shift"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
             shard=ctx.shard,
         )
         remember(ctx, "shift", last)
-        x_r, x_w, x_k, x_v, x_a, x_g = (x + shift * getattr(self, f"x_{stream}") for stream in STREAMS)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.mixed_values(x_v, ctx)
         decay = DECAY_RATE * torch.sigmoid(self.w_lora(x_w).float())
         rate = torch.sigmoid(self.a_lora(x_a))
@@ -265,15 +266,16 @@ class RWKV7ChannelMix(nn.Module):
         if self.ranks is not None:
             assert ctx.positions is not None
             x = self.ranks.gather(x, len(ctx.positions))
-        shift, last = token_shift(
+        (mixed,), last = token_mix(
             x,
+            self.x_k[None],
             state=cached(ctx, "ffn_shift"),
             output_final_state=ctx.cache is not None,
             cu_seqlens=ctx.cu_seqlens,
             shard=ctx.shard,
         )
         remember(ctx, "ffn_shift", last)
-        out = self.value(ACTIVATIONS[self.activation](self.key(x + shift * self.x_k)))
+        out = self.value(ACTIVATIONS[self.activation](self.key(mixed)))
         return out if self.ranks is None else self.ranks.scatter(out)
 
 
