@@ -32,8 +32,8 @@ def check_context_parallel(model: CausalLM, job: JobConfig, ranks: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Mixer) and not module.context_parallel:
             raise ConfigError(
-                f"{DEGREE} = {ranks}: {type(module).__name__} (layer {name}) needs whole sequences. Set it to 1, or take "
-                f"another kind of layer."
+                f"{DEGREE} = {ranks}: {type(module).__name__} (layer {name}) needs whole sequences. Set it to 1, take "
+                f"another kind of layer, or have the mixer pass ctx.shard to its ops and say context_parallel = True."
             )
         if isinstance(module, ShortConvolution) and module.weight.shape[-1] - 1 > seq_len // ranks:
             raise ConfigError(

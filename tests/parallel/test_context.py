@@ -9,6 +9,7 @@ from flame.errors import ConfigError, FlameError
 from flame.kernels.sequence import SequenceShard
 from flame.kernels.token_shift import token_shift
 from flame.models.decoder import build_model
+from flame.models.mixers.base import Mixer
 from flame.models.mixers.gla import GatedLinearAttention
 from flame.parallel.context import check_context_parallel
 from flame.schema import build
@@ -45,6 +46,15 @@ def test_a_mixer_that_needs_whole_sequences_is_named(monkeypatch):
     monkeypatch.setattr(GatedLinearAttention, "context_parallel", False)
     with pytest.raises(ConfigError, match="GatedLinearAttention .* needs whole sequences"):
         check(2)
+
+
+def test_a_mixer_that_says_nothing_is_refused():
+    """One that forgets ctx.shard would train on wrong states without an error."""
+
+    class Forgetful(Mixer):
+        pass
+
+    assert not Forgetful.context_parallel
 
 
 def test_states_and_shards_exclude_each_other():

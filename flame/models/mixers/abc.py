@@ -64,6 +64,7 @@ class ABCAttention(Mixer):
     """
 
     config_class = ABCConfig
+    context_parallel = True
 
     def __init__(self, config: ABCConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -27,14 +27,15 @@ class Mixer(nn.Module):
       `reset_parameters`, which must write every one of them;
     - says in `tensor_parallel_plan` how its heads are split over ranks, and writes `mix` in terms of `self.config`'s head
       counts, which are then this rank's;
-    - passes `ctx.shard` to every op that mixes tokens, or says that it cannot (`context_parallel = False`);
+    - passes `ctx.shard` to every op that mixes tokens, and then says so (`context_parallel = True`): a mixer that does
+      neither would start every rank's part of a row from nothing, so context parallelism refuses it;
     - counts its own arithmetic in `flops` and names undecayed parameters in `no_weight_decay`.
 
     Works alone in any torch model: ``GatedLinearAttention(hidden_size=512, num_heads=4)(x)``.
     """
 
     config_class: ClassVar[type[ModelConfig]]
-    context_parallel: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__()

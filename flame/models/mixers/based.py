@@ -46,6 +46,7 @@ class BasedLinearAttention(Mixer):
     """`o_i = sum_{j <= i} A_ij v_j / (sum_{j <= i} A_ij + eps)`, `A_ij = 1 + s + s^2 / 2`, `s = q_i k_j / sqrt(d)`."""
 
     config_class: ClassVar[type[ModelConfig]] = BasedConfig
+    context_parallel = True
     coefficients = (1.0, 1.0, 0.5)
 
     def __init__(self, config: ModelConfig | None = None, layer_idx: int = 0, **options: Any) -> None:

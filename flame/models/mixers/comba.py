@@ -40,6 +40,7 @@ class Comba(DeltaMixer):
     """
 
     config_class = CombaConfig
+    context_parallel = True
 
     def __init__(self, config: CombaConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

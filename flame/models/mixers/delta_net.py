@@ -46,6 +46,7 @@ class DeltaNet(DeltaMixer):
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t / sqrt(K), q and k of unit length."""
 
     config_class = DeltaNetConfig
+    context_parallel = True
 
     def __init__(self, config: DeltaNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

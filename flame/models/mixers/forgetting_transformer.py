@@ -52,6 +52,7 @@ class ForgettingAttention(Mixer):
     """softmax(q k^T / sqrt(d) + F_i - F_j) v with F the running sum of logsigmoid(f(x)); no positions."""
 
     config_class = ForgettingTransformerConfig
+    context_parallel = True
 
     def __init__(self, config: ForgettingTransformerConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

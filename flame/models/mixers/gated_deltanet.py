@@ -33,6 +33,7 @@ class GatedDeltaNet(DeltaMixer):
     """S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T, g_t = -exp(A_log) softplus(a_t + dt_bias)."""
 
     config_class = GatedDeltaNetConfig
+    context_parallel = True
 
     def __init__(self, config: GatedDeltaNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -40,6 +40,7 @@ class GatedDeltaProduct(DeltaMixer):
     """S <- exp(g_t) S, then n times S <- S + beta k (v - k^T S)^T with its own k, v, beta; o_t = S^T q_t / sqrt(K)."""
 
     config_class = GatedDeltaProductConfig
+    context_parallel = True
 
     def __init__(self, config: GatedDeltaProductConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

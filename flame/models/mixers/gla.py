@@ -58,6 +58,7 @@ class GatedLinearAttention(Mixer):
     """S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(K), with a_t = logsigmoid(W x_t) / 16."""
 
     config_class = GLAConfig
+    context_parallel = True
 
     def __init__(self, config: GLAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -115,6 +115,7 @@ class GatedSlotAttention(Mixer):
     """Slot attention whose slots forget with learned gates `f_t` and take in `1 - f_t` of each token."""
 
     config_class = GSAConfig
+    context_parallel = True
 
     def __init__(self, config: GSAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

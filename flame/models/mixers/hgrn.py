@@ -90,6 +90,7 @@ class HGRN(Mixer):
     """`h_t = f_t h_{t-1} + (1 - f_t) silu(i_t)` per channel, then a gated norm over all channels."""
 
     config_class = HGRNConfig
+    context_parallel = True
 
     def __init__(self, config: HGRNConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -64,6 +64,7 @@ class HGRN2(Mixer):
     """`S_t = diag(f_t) S_{t-1} + (1 - f_t) i_t^T`, `o_t = K^-1/2 S_t^T silu(q_t)`."""
 
     config_class = HGRN2Config
+    context_parallel = True
 
     def __init__(self, config: HGRN2Config | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

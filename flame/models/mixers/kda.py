@@ -43,6 +43,7 @@ class KimiDeltaAttention(DeltaMixer):
     """S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T, o_t = S_t^T q_t / sqrt(K)."""
 
     config_class = KDAConfig
+    context_parallel = True
 
     def __init__(self, config: KDAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -54,6 +54,7 @@ class LightNetAttention(Mixer):
     """`S_t = diag(exp(z_{t-1} - z_t)) S_{t-1} + exp(k_t - z_t) v_t^T` with z the running log-sum-exp of the keys."""
 
     config_class = LightNetConfig
+    context_parallel = True
 
     def __init__(self, config: LightNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

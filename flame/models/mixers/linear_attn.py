@@ -45,6 +45,7 @@ class LinearAttention(Mixer):
     """`S_t = S_{t-1} + phi(k_t) v_t^T`, `o_t = F^-1/2 S_t^T phi(q_t)` with F features after the map."""
 
     config_class = LinearAttentionConfig
+    context_parallel = True
 
     def __init__(self, config: LinearAttentionConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

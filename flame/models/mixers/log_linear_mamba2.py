@@ -41,6 +41,7 @@ class LogLinearMamba2(Mamba2):
     """Mamba-2 whose read of token u at token t is weighed by `softplus(L * dl_t)` of the level at which t sees u."""
 
     config_class = LogLinearMamba2Config
+    context_parallel = True
 
     def __init__(self, config: LogLinearMamba2Config | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -94,6 +94,7 @@ class Mamba(Mixer):
     """Convolution, input-dependent diagonal state space over `state_size` states a channel, SiLU gate."""
 
     config_class: ClassVar[type[ModelConfig]] = MambaConfig
+    context_parallel = True
 
     def __init__(self, config: ModelConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -91,6 +91,7 @@ class Mamba2(Mixer):
     """`h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T`, `y_t = h_t C_t + D x_t`, then a gated norm."""
 
     config_class = Mamba2Config
+    context_parallel = True
 
     def __init__(self, config: Mamba2Config | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

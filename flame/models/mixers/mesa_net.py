@@ -58,6 +58,7 @@ class MesaNet(DeltaMixer):
     """o_t = G_t^T (H_t + diag(lambda))^-1 q_t, with H and G the decayed sums of beta k k^T and beta k v^T."""
 
     config_class = MesaNetConfig
+    context_parallel = True
 
     def __init__(self, config: MesaNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -57,6 +57,7 @@ class MultiheadLatentAttention(Mixer):
     """softmax(q k^T / sqrt(dn + dr)) v with q = [q_nope, rope(q_rope)] and k = [k_nope(latent), rope(k_rope)]."""
 
     config_class = MLAConfig
+    context_parallel = True
 
     def __init__(self, config: MLAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

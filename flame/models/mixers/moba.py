@@ -54,6 +54,7 @@ class MixtureOfBlockAttention(Mixer):
     """Softmax attention over each query's own chunk and its best earlier ones, then a norm of every head."""
 
     config_class = MoBAConfig
+    context_parallel = True
 
     def __init__(self, config: MoBAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -77,6 +77,7 @@ class MixtureOfMemories(DeltaMixer):
     """
 
     config_class = MomConfig
+    context_parallel = True
 
     def __init__(self, config: MomConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -51,6 +51,7 @@ class NativeSparseAttention(Mixer):
     """Three attentions on the same rotary queries and keys, added under a sigmoid gate for each head and branch."""
 
     config_class = NSAConfig
+    context_parallel = True
 
     def __init__(self, config: NSAConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -50,6 +50,7 @@ class PathAttention(Mixer):
     """
 
     config_class = PathAttentionConfig
+    context_parallel = True
 
     def __init__(self, config: PathAttentionConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

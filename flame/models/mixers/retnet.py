@@ -47,6 +47,7 @@ class MultiScaleRetention(Mixer):
     """Per head `S_t = gamma_h S_{t-1} + k_t v_t^T`, `o_t = K^-1/2 S_t^T q_t`, `gamma_h = 1 - 2^(-5-h)`."""
 
     config_class = RetNetConfig
+    context_parallel = True
 
     def __init__(self, config: RetNetConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

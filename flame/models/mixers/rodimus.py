@@ -118,6 +118,7 @@ class Rodimus(Mixer):
     """`S_t = diag(exp(-g tau)) S_{t-1} + (k_t g^tau) v_t^T` with a temperature tau that ties both gates."""
 
     config_class = RodimusConfig
+    context_parallel = True
 
     def __init__(self, config: RodimusConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -125,6 +125,7 @@ class RWKV6Attention(Mixer):
     """`o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t`, `S_t = diag(exp(w_t)) S_{t-1} + k_t v_t^T`, `w_t = -exp(.)`."""
 
     config_class = RWKV6Config
+    context_parallel = True
 
     def __init__(self, config: RWKV6Config | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -128,6 +128,7 @@ class RWKV7Attention(Mixer):
     """
 
     config_class = RWKV7Config
+    context_parallel = True
 
     def __init__(self, config: RWKV7Config | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)

@@ -51,6 +51,7 @@ class Attention(Mixer):
     """Multi-head softmax attention; also the attention layers of hybrids."""
 
     config_class = TransformerConfig
+    context_parallel = True
 
     def __init__(self, config: TransformerConfig | None = None, layer_idx: int = 0, **options: Any) -> None:
         super().__init__(config, layer_idx, **options)
