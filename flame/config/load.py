@@ -35,6 +35,9 @@ COMMA_KEYS = frozenset(
     + [f"validation.{key}" for key in ("dataset", "dataset_name", "dataset_split")]
 )
 
+# What the sections say about the very data that they name.
+ABOUT_DATA = ("dataset", "dataset_name", "dataset_split", "data_dir", "data_files", "data_probs", "sources")
+
 
 def load_job(path: str | Path | None, overrides: list[str] | None = None) -> JobConfig:
     """The job in a TOML file, with command-line settings over it.
@@ -57,6 +60,8 @@ def load_job(path: str | Path | None, overrides: list[str] | None = None) -> Job
         names = canonical(entries)
         notes += names.notes
         problems += names.problems
+        if entries is not file_entries:
+            notes += list(_forget_replaced_data(job, {entry.path for entry in names.known}))
         for entry in names.known:
             try:
                 _set(job, entry, lines)
@@ -72,6 +77,19 @@ def load_job(path: str | Path | None, overrides: list[str] | None = None) -> Job
     notes += [f"{_origin(key, origins, lines)}: {text}" for key, text in find_notes(job)]
     _log_notes(notes)
     return job
+
+
+def _forget_replaced_data(job: JobConfig, given: set[tuple[str, ...]]) -> Iterator[str]:
+    """Drop what the file says about its data where the command line (`given`) names other data; what was dropped."""
+    for section, settings in (("training", job.training), ("validation", job.validation)):
+        if not given & {(section, "dataset"), (section, "sources")}:
+            continue
+        about = [key for key in ABOUT_DATA if hasattr(settings, key) and (section, key) not in given]
+        dropped = [f"{section}.{key}" for key in about if getattr(settings, key)]
+        for key in about:
+            setattr(settings, key, [] if key == "sources" else None)
+        if dropped:
+            yield f"command line: other data for [{section}]; of the file's, {', '.join(dropped)} no longer apply."
 
 
 def _origin(key: str, origins: dict[str, str], lines: KeyLines) -> str:
@@ -131,6 +149,10 @@ def _set_model_key(job: JobConfig, entry: Entry) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise ConfigError(f"{entry.origin}: {entry.key}: {part!r} is not a table.")
+    if not entry.typed and entry.value == "none":
+        if table.pop(entry.path[-1], None) is None:
+            raise ConfigError(f"{entry.origin}: {entry.key} = none takes a key of the job file away, which has none.")
+        return
     table[entry.path[-1]] = entry.value if entry.typed else parse_loosely(entry.value)
 
 

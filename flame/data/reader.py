@@ -143,9 +143,10 @@ class Reader:
     def _next_usable(self) -> tuple[str | np.ndarray, Position, Position] | None:
         """The next document that is neither empty nor malformed, and the positions before and after it."""
         first = self._position.unit
-        while self._position.unit - first <= 2 * self.source.units + 1:
-            if self._ended(self._position):
-                return None
+        while not self._ended(self._position):
+            if self._position.unit - first > 2 * self.source.units:
+                self._require_usable()
+                first = self._position.unit
             if self._unit is None:
                 self._unit = self._open(self._position)
             document = next(self._unit, None)
@@ -159,9 +160,19 @@ class Reader:
                 self._refuse(document)
             elif len(document):
                 return document, start, self._position
+        return None
+
+    def _require_usable(self) -> None:
+        """Search the whole source for one good document: a shard's own order may miss the few there are for long."""
+        malformed = 0
+        for unit in range(self.source.units):
+            for document in self.source.read(unit, 0, None):
+                if isinstance(document, Malformed):
+                    malformed += 1
+                elif len(document):
+                    return
         raise DataError(
-            f"data source {self.source.name!r} holds no usable document: every one of its {self.source.units} units is "
-            f"empty or malformed ({self._skipped} documents were left out as malformed)."
+            f"data source {self.source.name!r} holds no usable document: all are empty, or malformed ({malformed} of them)."
         )
 
     def _refuse(self, document: Malformed) -> None:

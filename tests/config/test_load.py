@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from flame.config import JobConfig, load_job
+from flame.config import JobConfig, load_job, model_values
 from flame.config.sections import Source
 from flame.errors import ConfigError
 
@@ -163,3 +163,31 @@ def test_notes_are_logged_once_by_the_first_rank_only(write, caplog, monkeypatch
     monkeypatch.setenv("RANK", "1")
     load_job(path)
     assert not caplog.records
+
+
+def test_other_data_on_the_command_line_drop_what_the_file_says_about_its_own(write, caplog):
+    path = write('[training]\ndataset = "hub/set"\ndataset_name = "sample"\nstreaming = true\ndata_probs = "1"\n')
+    job = load_job(path, ["--training.dataset", "/data/*.jsonl"])
+    assert job.training.mixture() == [Source(path="/data/*.jsonl", streaming=True)]
+    assert "training.dataset_name, training.data_probs no longer apply" in caplog.text
+    job = load_job(path, ["--training.dataset", "hub/set", "--training.dataset_name", "other"])
+    assert job.training.mixture()[0].subset == "other"
+    assert load_job(path, ["--training.dataset_split", "test"]).training.mixture()[0].subset == "sample"
+
+
+def test_other_data_on_the_command_line_replace_tables_of_sources(write):
+    path = write('[[training.sources]]\npath = "a"\nweight = 2\n[validation]\nenable = true\ndataset = "b"\n')
+    job = load_job(path, ["--training.dataset", "c,d"])
+    assert [source.path for source in job.training.mixture()] == ["c", "d"]
+    assert job.validation.dataset == ["b"]
+
+
+def test_none_takes_a_key_of_the_model_away(write):
+    path = write(
+        '[model]\nmodel_type = "gla"\nvocab_size = 32000\nattn = {layers = [1], num_heads = 2, window_size = 8}\n'
+    )
+    job = load_job(
+        path, ["--model.vocab_size", "none", "--model.attn.window_size", "none", "--model.num_hidden_layers=2"]
+    )
+    assert model_values(job)["vocab_size"] == 320 and job.model.keys["attn"] == {"layers": [1], "num_heads": 2}
+    assert "takes a key of the job file away" in problems(path, "--model.hidden_size", "none")

@@ -195,6 +195,19 @@ def test_malformed_jsonl_is_named_by_file_and_line_or_left_out_and_counted(tmp_p
     assert progress["epoch"] > 2
 
 
+def test_one_good_document_among_bad_ones_is_found_by_every_shard(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "good"}\n' + '{"text": ""}\n{"body": 1}\n' * 9)
+    rows = take(loader_of(recipe_of([SourceSettings(str(file))], on_malformed="skip", virtual_shards=64)), 200)
+    assert len(rows) == 200
+
+
+def test_a_file_or_glob_is_read_by_flame_even_where_streams_are_asked_for(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts("a", 3))
+    for path in (tmp_path / "a.jsonl", tmp_path / "*.jsonl"):
+        assert read_all(SourceSettings(str(path), streaming=True)) == texts("a", 3)
+
+
 def test_a_worker_says_what_is_wrong_without_its_traceback(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n")
     loader = loader_of(recipe_of([SourceSettings(str(tmp_path / "a.jsonl"))]), workers=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -93,7 +94,7 @@ def _local_paths(settings: SourceSettings) -> list[str]:
 
 
 def _kind(settings: SourceSettings) -> str:
-    """What a source is. Files are read by flame itself unless a subset, a split or a stream is asked for."""
+    """What a source is. Files are read by flame itself unless a subset, a split or a stream of a folder is asked for."""
     if settings.kind != "auto":
         return settings.kind
     if settings.path == STDLIB:
@@ -103,7 +104,8 @@ def _kind(settings: SourceSettings) -> str:
     place = Path(settings.path).expanduser()
     if place.is_dir() and read_metadata(place) is not None:
         return "pretokenized"
-    if settings.streaming or settings.subset or settings.split != "train" or is_saved_dataset(place):
+    stream = settings.streaming and not (place.is_file() or glob.has_magic(settings.path))  # files need no preparing
+    if stream or settings.subset or settings.split != "train" or is_saved_dataset(place):
         return "huggingface"
     kind = guess_kind(settings.path)
     if kind is not None:

@@ -118,7 +118,7 @@ class IndexedSource(Source):
             kind = "held-out" if part.held_out else "training"
             raise DataError(
                 f"data source {self.name!r} has {len(held_out)} documents, and none falls into its {kind} part at a "
-                f"held-out share of {part.holdout}; raise or lower that share, or name separate validation data."
+                f"held-out share of {part.holdout}; change validation.holdout, or name data of its own in validation.dataset."
             )
         return self
 
