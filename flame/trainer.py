@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from flame.checkpoint import CheckpointManager
-from flame.checkpoint.convert import name_special_tokens
+from flame.checkpoint import CheckpointManager, storage
+from flame.checkpoint.convert import TOKENIZER_FILES, name_special_tokens
 from flame.config import JobConfig, model_values, to_toml
 from flame.data import Batch, Parts, Tokenizer, build_loader, build_validation_loader, load_tokenizer
 from flame.data.build import global_batch_size, microbatch_rows
@@ -100,7 +100,7 @@ class Trainer:
             "random": RandomState(self.world.rank),
         }
         files = {"config.json": json.dumps(self.config.to_dict(), indent=2), "job.toml": to_toml(self.job)}
-        return CheckpointManager(self.job.checkpoint, self.folder, states, files)
+        return CheckpointManager(self.job.checkpoint, self.folder, states, {**files, **self.tokenizer.files()})
 
     def train(self) -> None:
         """Run to the last step of the job, or until asked to stop; either way the state is saved."""
@@ -163,6 +163,7 @@ class Trainer:
         """Continue from a checkpoint of this run, else start from the weights that the job names, else from new ones."""
         loaded = self.checkpoints.load(self.job.checkpoint.load_step)
         if loaded is not None:
+            self.refuse_other_tokenizer(loaded)
             logger.info("Resumed from step %d, after %s tokens.", loaded, f"{self.progress.tokens:,}")
             if loaded > self.job.training.steps:
                 logger.warning(
@@ -175,6 +176,18 @@ class Trainer:
         self.metrics = MetricsLogger(self.job, self.folder, self.throughput, done, self.world.is_main, config)
         if self.validator is not None and not self.progress.first_validation:
             self.validate()
+
+    def refuse_other_tokenizer(self, step: int) -> None:
+        """Raise CheckpointError where the run that is continued gave its ids another meaning."""
+        folder, section = storage.step_folder(self.checkpoints.root, step), self.job.checkpoint
+        if step == 0 or "dataloader" in section.exclude_from_loading or not (folder / TOKENIZER_FILES[0]).is_file():
+            return
+        if Tokenizer.load(folder).fingerprint != self.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{folder} was trained with another tokenizer than model.tokenizer_path = "
+                f"{self.job.model.tokenizer_path!r}. To continue it, name that folder, which has a copy, as "
+                f'model.tokenizer_path; to change tokenizers on purpose, checkpoint.exclude_from_loading = ["dataloader"].'
+            )
 
     def save_is_due(self, step: int) -> bool:
         """Whether the interval in steps asks for a checkpoint."""

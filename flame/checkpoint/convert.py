@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from flame.checkpoint import storage
 from flame.checkpoint.state import MODEL, OBJECTS, checkpoint_errors, is_foreign, mismatch
-from flame.data.tokenizer import Tokenizer
+from flame.data.tokenizer import RUN_FOLDER, Tokenizer
 from flame.errors import CheckpointError, DataError
 from flame.models.decoder import CausalLM
 from flame.models.hf import CONFIG, DTYPES, HEAD, files_by_name, named_weights, weights_on_meta, write_folder
@@ -38,7 +38,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FOLDER = "tokenizer"  # where a run keeps the tokenizer it trains with
 READ_AT_ONCE = 256 << 20  # bytes; every reading parses the checkpoint's description anew
 
 
@@ -118,8 +117,8 @@ def to_hf(
 
 
 def tokenizer_beside(step: Path) -> Path:
-    """Where the tokenizer of a checkpoint is: in it, if it was made from a Hugging Face folder, else with the run."""
-    return step if (step / TOKENIZER_FILES[0]).is_file() else step.parent.parent / TOKENIZER_FOLDER
+    """Where the tokenizer of a checkpoint is: in it, or, of those written before they held it, with the run."""
+    return step if (step / TOKENIZER_FILES[0]).is_file() else step.parent.parent / RUN_FOLDER
 
 
 def from_hf(folder: Path, root: Path, step: int = 0) -> Path:

@@ -52,7 +52,7 @@ class CheckpointManager:
         options: the [checkpoint] section.
         folder: the run's folder.
         states: parts by name; `model` is the module, the others give and take state dictionaries (`state.Stateful`).
-        files: texts kept in every checkpoint by file name, such as the resolved job and the model's config.json.
+        files: texts kept in every checkpoint by file name: the resolved job, the model's config.json, the tokenizer.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CheckpointManager:
                 folder = storage.begin(self.root, step)
                 torch.save(objects, folder / OBJECTS)
                 for name, text in self.files.items():
-                    (folder / name).write_text(text)
+                    (folder / name).write_text(text, encoding="utf-8")
             except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
                 problem = str(error)
         self.raise_together(problem, f"cannot write {storage.temporary_folder(self.root, step)}", STORAGE_ADVICE)
@@ -308,7 +308,10 @@ class PendingSave:
 
     def write(self, tensors: dict[str, Tensor] | Staged) -> None:
         """Write and publish; raises CheckpointError on every rank if any of them fails."""
-        write_tensors(tensors, self.folder, self.manager.writers)
+        try:
+            write_tensors(tensors, self.folder, self.manager.writers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {storage.free_space(self.folder)} {STORAGE_ADVICE}") from None
         files, problem = self.describe_own()
         everyone = gather_from_all((files, problem), self.manager.writers)
         files = {name: entry for own, _ in everyone for name, entry in own.items()}

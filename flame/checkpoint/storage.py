@@ -104,6 +104,14 @@ def begin(root: Path, step: int) -> Path:
     return folder
 
 
+def free_space(folder: Path) -> str:
+    """A sentence about the disk that holds `folder`, for messages about writing there."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are free there."
+    except OSError:
+        return ""
+
+
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Size and checksum of files, which are flushed to storage."""
     entries = {}

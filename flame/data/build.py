@@ -17,7 +17,7 @@ from flame.data.shard import Recipe
 from flame.data.sources import open_source, open_sources, source_names
 from flame.data.sources.base import Part
 from flame.data.sources.paths import locked
-from flame.data.tokenizer import Tokenizer
+from flame.data.tokenizer import RUN_FOLDER, Tokenizer
 from flame.data.train_tokenizer import sample_texts
 from flame.data.validation import ValidationLoader
 from flame.errors import ConfigError
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 TRAIN = "train:"
 """`model.tokenizer_path = "train:8192"` trains a tokenizer of that size on the job's own data."""
+
+TRAINED = "trained_as.txt"  # beside a trained tokenizer: the value that asked for it
 
 _TRAINING_CHARACTERS = 50_000_000  # enough for a vocabulary of tens of thousands; takes well under a minute
 
@@ -95,11 +97,17 @@ def load_tokenizer(job: JobConfig) -> Tokenizer:
         raise ConfigError(
             f"model.tokenizer_path is {path!r}; after 'train:' comes the number of tokens, as train:8192."
         )
-    folder = Path(job.job.dump_folder) / "tokenizer"
+    folder = Path(job.job.dump_folder) / RUN_FOLDER
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name("tokenizer.lock")):
         if not folder.exists():
             _train_to(folder, data_settings(job), int(size))
+    trained = folder / TRAINED
+    if trained.is_file() and trained.read_text() != path:
+        raise ConfigError(
+            f"model.tokenizer_path = {path!r}, and {folder} was trained as {trained.read_text()!r} for the checkpoints beside "
+            f"it. Go back to that, or name another job.dump_folder."
+        )
     return Tokenizer.load(folder)
 
 
@@ -168,4 +176,5 @@ def _train_to(folder: Path, settings: DataSettings, size: int) -> None:
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     Tokenizer.train(texts, size).save(temporary)
+    (temporary / TRAINED).write_text(f"{TRAIN}{size}")
     os.replace(temporary, folder)

@@ -18,6 +18,9 @@ from flame.errors import DataError
 BYTES = "bytes"
 """Name of the built-in tokenizer: 256 bytes and two special tokens, no file needed."""
 
+RUN_FOLDER = "tokenizer"
+"""Where a run keeps the tokenizer that it trained, below its folder."""
+
 BOS_TOKEN = "<|begin_of_text|>"
 EOS_TOKEN = "<|end_of_text|>"
 
@@ -150,17 +153,24 @@ class Tokenizer:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
+        """Write `files` into a folder, which is made."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        for name, text in self.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """Texts of tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers reads them."""
         special = {f"{kind}_token": self._token(getattr(self, f"{kind}_id")) for kind in ("bos", "eos", "pad")}
         special = {name: token for name, token in special.items() if token is not None}
         named = "tokenizer_class" in self.config
         made = {} if named else {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config = {**made, **special, **self.config}
-        _write_json(folder / "tokenizer_config.json", config)
-        _write_json(folder / "special_tokens_map.json", special)
+        return {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": _json(config),
+            "special_tokens_map.json": _json(special),
+        }
 
     def _token(self, token_id: int | None) -> str | None:
         return None if token_id is None else self.backend.id_to_token(token_id)
@@ -220,9 +230,10 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except Exception as error:
         raise DataError(
-            f"no tokenizer at {name!r}: no such file or folder, and the Hugging Face hub did not give it ({error})."
+            f"no tokenizer at {name!r}: no such file or folder, and the Hugging Face hub did not give it ({error}). "
+            f"Name a folder, bytes (one token a byte), or train:8192 (trained on the job's data)."
         ) from error
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flame.checkpoint import storage
-from flame.checkpoint.convert import TOKENIZER_FOLDER, stored_weights
+from flame.checkpoint.convert import stored_weights, tokenizer_beside
 from flame.data.tokenizer import Tokenizer
 from flame.errors import CheckpointError, ConfigError
 from flame.models.decoder import CausalLM
@@ -138,9 +138,9 @@ def find_tokenizer(folder: Path, given: str | None) -> Tokenizer:
     """The tokenizer named by the user, else the one beside the weights, else the one of the run."""
     if given:
         return Tokenizer.load(given)
-    for place in (folder, folder.parent.parent / TOKENIZER_FOLDER):
-        if (place / "tokenizer.json").is_file():
-            return Tokenizer.load(str(place))
+    place = tokenizer_beside(folder)
+    if (place / "tokenizer.json").is_file():
+        return Tokenizer.load(place)
     raise CheckpointError(f"there is no tokenizer.json beside the weights in {folder}; name one with --tokenizer.")
 
 

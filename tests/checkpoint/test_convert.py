@@ -1,6 +1,7 @@
 import argparse
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from flame.checkpoint import convert
 from flame.checkpoint.convert import from_hf, stored_weights, to_hf
 from flame.data.tokenizer import Tokenizer
 from flame.errors import CheckpointError
+from flame.evaluation.generate import find_tokenizer
 from flame.models import build_model, initialize_weights
 from flame.models.hf import FolderWriter, export_model, load_model, read_weights
 
@@ -102,6 +104,16 @@ def test_exports_name_the_special_tokens_of_their_tokenizer(tmp_path):
     for file in ("config.json", "generation_config.json"):
         values = json.loads((tmp_path / "out" / file).read_text())
         assert (values["bos_token_id"], values["eos_token_id"]) == (256, 257)
+
+
+def test_a_checkpoint_copied_out_of_its_run_keeps_its_tokenizer(tmp_path):
+    exported(tmp_path / "hf")
+    Tokenizer.train(["some text of its own"] * 9, 270).save(tmp_path / "hf")
+    step = from_hf(tmp_path / "hf", tmp_path / "run" / "checkpoint")
+    alone = shutil.copytree(step, tmp_path / "alone")
+    to_hf(alone, tmp_path / "out")
+    assert find_tokenizer(alone, None).fingerprint == Tokenizer.load(tmp_path / "out").fingerprint
+    assert Tokenizer.load(tmp_path / "out").vocab_size == Tokenizer.load(tmp_path / "hf").vocab_size
 
 
 def test_a_checkpoint_of_another_trainer_converts_given_its_config(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,18 @@ def test_a_full_disk_keeps_the_training_state_and_the_previous_checkpoint(tmp_pa
     saved, kept, loaded = single(save_onto_a_full_disk, tmp_path, mode)
     assert (saved, kept, loaded) == (False, True, 1)
     assert not list((tmp_path / "checkpoint").glob("*.tmp"))
+
+
+def save_with_no_room_for_tensors(rank, folder):
+    manager = make_run(folder, Degrees(), 1)[2]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # the small files fit
+    with pytest.raises(CheckpointError, match=r"rank 0: .*GB are free there\. Free space"):
+        manager.save(1, last=True)
+
+
+@pytest.mark.distributed
+def test_a_failure_to_write_tensors_tells_how_much_is_free(tmp_path):
+    single(save_with_no_room_for_tensors, tmp_path)
 
 
 def save_where_nothing_can_be_made(rank, folder):

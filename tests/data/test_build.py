@@ -130,6 +130,15 @@ def test_a_tokenizer_is_trained_once_on_the_jobs_data_by_all_ranks_at_once(tmp_p
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+def test_a_tokenizer_trained_to_another_size_is_not_taken_for_the_one_asked_for(tmp_path):
+    job = job_of(tmp_path, dataset=files(tmp_path))
+    job.model.tokenizer_path = "train:270"
+    load_tokenizer(job)
+    job.model.tokenizer_path = "train:280"
+    with pytest.raises(ConfigError, match="was trained as 'train:270'"):
+        load_tokenizer(job)
+
+
 def test_tokenizer_paths_that_cannot_be(tmp_path):
     job = job_of(tmp_path)
     job.model.tokenizer_path = "train:many"

@@ -8,6 +8,8 @@ import torch
 from jobs import Run, write_job
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from flame.data import Tokenizer
+
 pytestmark = pytest.mark.distributed
 
 
@@ -99,6 +101,19 @@ def test_a_job_shorter_than_its_checkpoint_says_that_nothing_is_left(tmp_path):
         run = Run(tmp_path, [*short, "--training.steps", steps])
         assert run.wait() == [0], run.text()
         assert ("beyond training.steps = 1: nothing is left to train" in run.text()) == warned
+
+
+def test_a_run_is_not_continued_with_another_tokenizer_unless_told_to(tmp_path):
+    job = write_job(tmp_path)
+    Tokenizer.train(["abc"], 258).save(tmp_path / "other")
+    short = [job, "--validation.enable", "false", "--lr_scheduler.warmup_steps", "0", "--checkpoint.interval", "1"]
+    assert Run(tmp_path, [*short, "--training.steps", 2]).wait() == [0]
+    other = [*short, "--training.steps", 3, "--model.tokenizer_path", tmp_path / "other"]
+    refused = Run(tmp_path, other)
+    assert refused.wait() == [1]
+    assert "step-2 was trained with another tokenizer" in refused.text()
+    meant = Run(tmp_path, [*other, "--checkpoint.exclude_from_loading", "dataloader"])
+    assert meant.wait() == [0] and "Resumed from step 2" in meant.text()
 
 
 def test_checkpoints_follow_the_clock(tmp_path):
