@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("job", help="job file (TOML)")
     parser.add_argument(
         "overrides", nargs=argparse.REMAINDER, metavar="--section.key value", help="any key of the job file"
-    )
+    ).required = False  # argparse would ask for it beside a missing job
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,10 +42,14 @@ def run(path: str, overrides: list[str]) -> None:
 
     @record
     def train() -> None:
-        job = load_job(path, overrides)
-        world = distributed.initialize(job.comm)
-        Trainer(job, world).train()
-        distributed.shut_down()
+        try:
+            job = load_job(path, overrides)
+            world = distributed.initialize(job.comm)
+            Trainer(job, world).train()
+            distributed.shut_down()
+        except FlameError as error:
+            # The summary shows every rank's; the text says all there is to say.
+            raise error.with_traceback(None) from None
 
     train()
 

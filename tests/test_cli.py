@@ -67,6 +67,12 @@ def test_other_errors_keep_their_traceback(command):
         cli.main(["probe", "job.toml"])
 
 
+def test_a_missing_job_is_all_that_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: job\n")
+
+
 def test_unknown_command_suggests_the_nearest(capsys):
     assert cli.main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from flame.data.batch import Batch, collate
 from flame.data.settings import RankSettings
 from flame.data.shard import Recipe, Row, Shard
 from flame.data.state import read_states, shard_key, warn_of_changes
-from flame.data.workers import checked, split_among_workers, start_streams
+from flame.data.workers import next_row, split_among_workers, start_streams
 from flame.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Loader:
             rows = []
             for _ in range(self._rank.local_batch_size):
                 number = self._rank.dp_rank + taken * self._rank.dp_world_size
-                rows.append(checked(next(streams[number % self._recipe.settings.virtual_shards]), number))
+                rows.append(next_row(streams[number % self._recipe.settings.virtual_shards], number))
                 taken += 1
             batch = collate(rows, self.source_names, self._recipe.settings.packing.longest)
             yield (batch.pin_memory() if self._rank.workers.pin_memory else batch), rows

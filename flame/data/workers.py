@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flame.data.settings import WorkerSettings
 from flame.data.shard import Recipe, Row, Shard
-from flame.errors import CheckpointError, FlameError
+from flame.errors import CheckpointError, DataError, FlameError
 
 # What schedulers and terminals send to every process of a job to have it save and end (Windows has only some of them).
 SCHEDULERS_SIGNALS = {
@@ -93,8 +93,22 @@ def split_among_workers(shards: Sequence[int], num_workers: int) -> list[list[in
     return [list(shards[worker::count]) for worker in range(count)]
 
 
-def checked(row: Row | Failure, number: int) -> Row:
-    """The row, if it is the expected one; a worker's error is raised here."""
+def next_row(stream: Iterator[Row | Failure], number: int) -> Row:
+    """The stream's next row, which must be the expected one; a worker's error is raised here.
+
+    Raises:
+        DataError: the data are at fault, or the worker is no more.
+        CheckpointError: the states of the shards do not fit together.
+    """
+    try:
+        row = next(stream)
+    except RuntimeError as error:  # torch's word for a process that is gone
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data worker died ({error}). If memory ran out, lower training.dataloader.num_workers or prefetch_factor; "
+            f"the same command continues from the latest checkpoint."
+        ) from None
     if isinstance(row, Failure):
         raise row.kind(row.message)
     if row.number != number:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import subprocess
 import sys
 
@@ -198,8 +199,8 @@ def test_malformed_jsonl_is_named_by_file_and_line_or_left_out_and_counted(tmp_p
 def test_one_good_document_among_bad_ones_is_found_by_every_shard(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "good"}\n' + '{"text": ""}\n{"body": 1}\n' * 9)
-    rows = take(loader_of(recipe_of([SourceSettings(str(file))], on_malformed="skip", virtual_shards=64)), 200)
-    assert len(rows) == 200
+    rows = take(loader_of(recipe_of([SourceSettings(str(file))], on_malformed="skip", virtual_shards=32)), 32)
+    assert len(rows) == 32
 
 
 def test_a_file_or_glob_is_read_by_flame_even_where_streams_are_asked_for(tmp_path):
@@ -216,6 +217,18 @@ def test_a_worker_says_what_is_wrong_without_its_traceback(tmp_path):
     loader.close()
     assert "Traceback" not in str(caught.value)
     assert "a.jsonl:1" in str(caught.value)
+
+
+def test_a_worker_that_is_killed_ends_the_job_with_advice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", texts("a", 50))
+    loader = loader_of(recipe_of([SourceSettings(str(tmp_path / "a.jsonl"))]), workers=1)
+    before = set(multiprocessing.active_children())
+    take(loader, 1)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises(DataError, match=r"a data worker died .* lower training\.dataloader\.num_workers"):
+        take(loader, 1000)  # some rows were made before
+    loader.close()
 
 
 def test_a_source_of_malformed_documents_only_is_an_error_and_not_a_hang(tmp_path):
