@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,31 @@ HEAD = "lm_head.weight"
 SHARD_BYTES = 4 << 30
 
 
-def architecture(model_type: str) -> str:
-    """Name of the class in transformers: the system's, without separators."""
-    return "".join(word.capitalize() for word in model_type.split("_")) + "ForCausalLM"
+# Names of systems in class names where they are not their words, capitalized, as published checkpoints have them.
+SPELLINGS = {
+    "abc": "ABC", "delta_net": "DeltaNet", "gated_deltanet": "GatedDeltaNet", "gated_deltaproduct": "GatedDeltaProduct",
+    "gla": "GLA", "gsa": "GSA", "hgrn": "HGRN", "hgrn2": "HGRN2", "kda": "KDA", "lightnet": "LightNet",
+    "linear_attn": "LinearAttention", "log_linear_gated_deltanet": "LogLinearGatedDeltaNet", "mla": "MLA", "moba": "MoBA",
+    "nsa": "NSA", "path_attn": "PaTHAttention", "rebased": "ReBased", "retnet": "RetNet", "rwkv6": "RWKV6",
+    "rwkv7": "RWKV7",
+}  # fmt: skip
+REMOTE_CODE = "modeling_flame"
+TEMPLATE = '''"""{name} for transformers, by trust_remote_code=True; the model itself is in the package flame."""
+
+try:
+    from flame.models.in_transformers import transformers_classes
+except ImportError as error:
+    raise ImportError(
+        "this model needs flame: install it from a checkout with `pip install -e .`, or put the checkout on PYTHONPATH."
+    ) from error
+
+{name}Config, {name}ForCausalLM = transformers_classes("{model_type}")
+'''
+
+
+def class_name(model_type: str) -> str:
+    """What the classes of a system begin with in transformers."""
+    return SPELLINGS.get(model_type, "".join(word.capitalize() for word in model_type.split("_")))
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -97,9 +119,21 @@ class FolderWriter:
 
 def write_config(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     """config.json as transformers and `build_model` read it."""
-    values = {**config.to_dict(), "architectures": [architecture(config.model_type)]}
+    values = {**config.to_dict(), "architectures": [f"{class_name(config.model_type)}ForCausalLM"]}
     values["dtype"] = str(dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    add_remote_code(folder)
+
+
+def add_remote_code(folder: Path) -> None:
+    """Have a folder load by `from_pretrained(folder, trust_remote_code=True)` wherever flame can be imported."""
+    values = json.loads((folder / CONFIG).read_text())
+    name = class_name(values["model_type"])
+    suffixes = {"AutoConfig": "Config", "AutoModelForCausalLM": "ForCausalLM"}
+    values["auto_map"] = {auto: f"{REMOTE_CODE}.{name}{suffix}" for auto, suffix in suffixes.items()}
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    code = TEMPLATE.format(name=name, model_type=values["model_type"])
+    (folder / f"{REMOTE_CODE}.py").write_text(code)
 
 
 def write_folder(
@@ -220,73 +254,3 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu", dtype: to
     model.tie_weights()
     load_weights(model, folder)
     return model.to(dtype).eval() if dtype is not None else model.eval()
-
-
-def register_with_transformers() -> None:
-    """Make `AutoModelForCausalLM.from_pretrained` load folders of every system of flame. Imports transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from flame.models.registry import systems
-
-    for model_type in systems():
-        config_class, model_class = transformers_classes(model_type)
-        AutoConfig.register(model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-
-
-def transformers_classes(model_type: str) -> tuple[Any, Any]:
-    """A config and a model class of transformers around one system."""
-    from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    from flame.models.registry import get_system, resolve_config
-
-    system = get_system(model_type)
-    known = set(system.config.__dataclass_fields__)
-
-    class Config(PretrainedConfig):
-        def __init__(self, **values: Any) -> None:
-            """Keys that are not given take the system's defaults, not those of transformers."""
-            own = {key: value for key, value in values.items() if key in known}
-            own = resolve_config({**own, "model_type": model_type}).to_dict()
-            super().__init__(**{**values, **{key: value for key, value in own.items() if key != "model_type"}})
-
-        def flame_config(self) -> ModelConfig:
-            values = {key: getattr(self, key) for key in known if hasattr(self, key)}
-            return resolve_config({**values, "model_type": model_type})
-
-    Config.model_type = model_type
-
-    class Model(PreTrainedModel, GenerationMixin):
-        config_class = Config
-        base_model_prefix = ""
-        _tied_weights_keys = {HEAD: f"{system.names.backbone}.embeddings.weight"}  # where config.tie_word_embeddings
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            inner = CausalLM(config.flame_config())
-            for name, child in inner.named_children():
-                self.add_module(name, child)
-            self.__dict__["inner"] = inner  # not a second registration of the same parameters
-            self.post_init()
-
-        def _init_weights(self, module: nn.Module) -> None:
-            """Modules initialise themselves."""
-
-        def get_input_embeddings(self) -> nn.Module:
-            return self.inner.decoder.embeddings
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.inner.lm_head
-
-        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **unused: Any) -> CausalLMOutputWithPast:
-            logits, loss = self.inner(input_ids).logits, None
-            if labels is not None:  # transformers shifts inside the model
-                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-            return CausalLMOutputWithPast(loss=loss, logits=logits)
-
-        def prepare_inputs_for_generation(self, input_ids: Tensor, **unused: Any) -> Mapping[str, Any]:
-            return {"input_ids": input_ids}  # flame.evaluation.generate decodes with a cache; this recomputes
-
-    Model.__name__ = Model.__qualname__ = architecture(model_type)
-    return Config, Model
